@@ -1,0 +1,69 @@
+"""Number formats: what the codes mean.
+
+A `Format` is a choice (INT4, group 128, asymmetric). Fitted to one weight matrix it becomes a `Grid`, which knows
+the scales, turns weights into codes and back, column range by column range, and packs the finished codes. Rounding
+algorithms see only this interface, so that each works with each format.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.packed import Packed
+
+
+class Grid(ABC):
+    """A format fitted to one weight matrix [out, in]."""
+
+    group_size: int
+    """Columns that share a scale; at least 1, at most `in`."""
+
+    @abstractmethod
+    def refit(self, group: int, weight: Tensor) -> None:
+        """Fit the scales of one group of columns anew, to `weight` [out, columns of the group]."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor, start: int = 0) -> Tensor:
+        """Nearest codes, uint8, of `weight` [out, n], the columns from `start` on."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
+        """What the codes [out, n] of the columns from `start` on stand for: fp32 [out, n]."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor, order: Tensor | None = None) -> Packed:
+        """Pack all codes [out, in].
+
+        `order` is given if the grid was fitted to permuted columns: column i of the grid is column `order[i]` of
+        the matrix, and the codes are in the grid's order; the packed matrix is in the matrix's order.
+        """
+
+    def snap(self, weight: Tensor, start: int = 0) -> Tensor:
+        """The grid points nearest to `weight` [out, n]: fp32 [out, n]."""
+        return self.decode(self.encode(weight, start), start)
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A number format for weight matrices."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short and unique, such as `int4-g128`; used in tables, plans and cache keys."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> float:
+        """Nominal width of a code."""
+
+    @abstractmethod
+    def fit(self, weight: Tensor) -> Grid:
+        """Fit the grid to `weight`, fp32 [out, in]."""
+
+    @abstractmethod
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Bits that a packed matrix of this shape [out, in] takes: equal to `Packed.stored_bits` of the result."""

@@ -1,0 +1,158 @@
+"""INT2 to INT8, symmetric or asymmetric, per output channel or per group of input channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.packed import PackedInteger
+from kernels.packing import pack, row_bytes
+from methods.formats.base import Format, Grid
+
+WIDTHS = range(2, 9)
+TINIEST_SCALE = 2.0**-24  # smallest positive fp16: scales are stored in fp16
+
+
+@dataclass(frozen=True)
+class Integer(Format):
+    """A uniform grid of 2**bits points per group.
+
+    Asymmetric: the range is [min(w, 0), max(w, 0)] and the zero point a stored code. Symmetric: the range is
+    ±max|w| with the zero point fixed at 2**(bits-1) and scale 2·max|w|/(2**bits − 1), as in GPTQ's code; the
+    largest positive weight is then clipped by half a step.
+
+    Args:
+        width: bits of a code, 2 to 8.
+        group_size: columns that share a scale and zero point; 0 means the whole row (per output channel).
+        symmetric: fixed instead of stored zero points.
+        clip: shrink each group's range to minimize Σ|Q(w) − w|^2.4, the search of GPTQ's code
+            (80 factors from 1 down to 0.21).
+    """
+
+    width: int
+    group_size: int = 0
+    symmetric: bool = False
+    clip: bool = False
+
+    CLIP_FACTORS: ClassVar[tuple[float, ...]] = tuple(1 - i / 100 for i in range(80))
+    CLIP_NORM: ClassVar[float] = 2.4
+
+    def __post_init__(self) -> None:
+        if self.width not in WIDTHS:
+            raise ValueError(f"integer formats have 2 to 8 bits, not {self.width}")
+        if self.group_size < 0:
+            raise ValueError(f"group size {self.group_size} is not positive; 0 means per channel")
+
+    @property
+    def name(self) -> str:
+        group = f"g{self.group_size}" if self.group_size else "channel"
+        return f"int{self.width}-{group}{'-sym' if self.symmetric else ''}{'-clip' if self.clip else ''}"
+
+    @property
+    def bits(self) -> float:
+        return self.width
+
+    def fit(self, weight: Tensor) -> IntegerGrid:
+        return IntegerGrid(self, weight)
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        out, columns = shape
+        groups = out * -(-columns // self.columns_per_group(columns))
+        zeros = 0 if self.symmetric else 8 * row_bytes(groups, self.width)
+        return 8 * out * row_bytes(columns, self.width) + 16 * groups + zeros
+
+    def columns_per_group(self, columns: int) -> int:
+        """The group size in a matrix of so many columns."""
+        return min(self.group_size or columns, columns)
+
+    def scale_and_zero(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale (fp32 values that fp16 represents) and zero point of weights [..., group]: each [...]."""
+        low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+        if not self.clip:
+            return self._from_range(low, high)
+        best = torch.full_like(low, torch.inf)
+        scale, zero = self._from_range(low, high)
+        for factor in self.CLIP_FACTORS:
+            s, z = self._from_range(factor * low, factor * high)
+            codes = _nearest(weight, s.unsqueeze(-1), z.unsqueeze(-1), self.width)
+            error = ((codes - z.unsqueeze(-1)) * s.unsqueeze(-1) - weight).abs_().pow_(self.CLIP_NORM).sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        return scale, zero
+
+    def _from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        top = 2**self.width - 1
+        empty = (low == 0) & (high == 0)  # an all-zero group: any scale will do
+        low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+        if self.symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        scale = ((high - low) / top).to(torch.float16).float().clamp(min=TINIEST_SCALE)
+        if self.symmetric:
+            return scale, torch.full_like(scale, 2 ** (self.width - 1))
+        return scale, torch.round(-low / scale).clamp(0, top)
+
+
+class IntegerGrid(Grid):
+    """Scales and zero points, fp32 [out, groups], of one weight matrix."""
+
+    def __init__(self, fmt: Integer, weight: Tensor) -> None:
+        self.format = fmt
+        self.columns = weight.shape[1]
+        self.group_size = fmt.columns_per_group(self.columns)
+        ragged = self.columns % self.group_size
+        body, tail = weight[:, : self.columns - ragged], weight[:, self.columns - ragged :]
+        self.scale, self.zero = fmt.scale_and_zero(body.unflatten(1, (-1, self.group_size)))  # [out, groups]
+        if ragged:
+            scale, zero = fmt.scale_and_zero(tail)
+            self.scale = torch.cat([self.scale, scale[:, None]], dim=1)
+            self.zero = torch.cat([self.zero, zero[:, None]], dim=1)
+
+    def refit(self, group: int, weight: Tensor) -> None:
+        self.scale[:, group], self.zero[:, group] = self.format.scale_and_zero(weight)
+
+    def encode(self, weight: Tensor, start: int = 0) -> Tensor:
+        scale, zero = self._columns(start, weight.shape[1])
+        return _nearest(weight, scale, zero, self.format.width).to(torch.uint8)
+
+    def decode(self, codes: Tensor, start: int = 0) -> Tensor:
+        scale, zero = self._columns(start, codes.shape[1])
+        return (codes - zero) * scale
+
+    def pack(self, codes: Tensor, order: Tensor | None = None) -> PackedInteger:
+        group_index = None
+        if order is not None:
+            inverse = torch.argsort(order)
+            codes = codes[:, inverse]
+            group_index = inverse // self.group_size
+            if torch.equal(group_index, torch.arange(self.columns, device=order.device) // self.group_size):
+                group_index = None
+            else:
+                group_index = group_index.to(torch.int16 if self.scale.shape[1] < 2**15 else torch.int32)
+        zero = None if self.format.symmetric else pack(self.zero.reshape(1, -1), self.format.width)
+        return PackedInteger(
+            pack(codes, self.format.width),
+            self.scale.to(torch.float16),
+            zero,
+            bits=self.format.width,
+            shape=(codes.shape[0], codes.shape[1]),
+            group_size=self.group_size,
+            group_index=group_index,
+        )
+
+    def _columns(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero of each of `count` columns: [out, count], or [out, 1] where they share one group."""
+        first, last = start // self.group_size, (start + count - 1) // self.group_size
+        if first == last:
+            return self.scale[:, first : first + 1], self.zero[:, first : first + 1]
+        group = torch.arange(start, start + count, device=self.scale.device) // self.group_size
+        return self.scale[:, group], self.zero[:, group]
+
+
+def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
+    """Half-way cases go to the even multiple, as torch.round does: floats in [0, 2**width − 1]."""
+    return torch.round(weight / scale).add_(zero).clamp_(0, 2**width - 1)
