@@ -19,7 +19,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -166,6 +166,7 @@ class Quantized:
     Attributes:
         packed: linear name to packed weight; every linear of the network has one.
         parameters: full names and new values of other parameters (norm gains into which scales were folded).
+        output_scale: linear name to t [out], if row r of the original weight is t_r times the packed row.
         input_scale: linear name to s [in], if the linear's input is divided by s compared with the original model
             and its weights multiplied by s before rounding. Lets errors be measured in original coordinates.
         sensitivity: linear name to the score that decided its bits, where a method has one.
@@ -174,6 +175,7 @@ class Quantized:
     packed: dict[str, Packed]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     input_scale: dict[str, Tensor] = field(default_factory=dict)
+    output_scale: dict[str, Tensor] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
 
 
@@ -183,6 +185,14 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Stat]] = frozenset()
+    uses_budget: ClassVar[bool] = True
+    """False for a reference that is the same under every budget, and is run once."""
+
+    @property
+    def label(self) -> str:
+        """The name and the options that differ from their defaults, such as `hawq_v2 rounding=gptq`."""
+        chosen = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join([self.name, *(f"{f.name}={_plain(getattr(self, f.name))}" for f in chosen)])
 
     def supports(self, network: Network, budget: Budget) -> str | None:
         """None, or one sentence that says why this method cannot quantize this model to this budget."""
@@ -192,6 +202,11 @@ class Method(ABC):
     @abstractmethod
     def quantize(self, ctx: Context) -> Quantized:
         """Quantize every linear of `ctx.network`."""
+
+
+def _plain(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
 class UniformMethod(Method):

@@ -34,11 +34,19 @@ class Grid(ABC):
         """What the codes [out, n] of the columns from `start` on stand for: fp32 [out, n]."""
 
     @abstractmethod
+    def permuted(self, order: Tensor) -> Grid:
+        """The same scales for permuted columns: column i of the result is column `order[i]` of this grid.
+
+        The columns of a group are then no longer neighbors, so the result cannot be refitted.
+        """
+
+    @abstractmethod
     def pack(self, codes: Tensor, order: Tensor | None = None) -> Packed:
         """Pack all codes [out, in].
 
-        `order` is given if the grid was fitted to permuted columns: column i of the grid is column `order[i]` of
-        the matrix, and the codes are in the grid's order; the packed matrix is in the matrix's order.
+        `order` is given if the grid was fitted to permuted columns, or permuted itself: column i of the grid
+        is column `order[i]` of the matrix, and the codes are in the grid's order; the packed matrix is in the
+        matrix's order.
         """
 
     def snap(self, weight: Tensor, start: int = 0) -> Tensor:

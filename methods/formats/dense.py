@@ -52,5 +52,8 @@ class DenseGrid(Grid):
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:  # noqa: ARG002
         return codes.float()
 
+    def permuted(self, order: Tensor) -> DenseGrid:  # noqa: ARG002
+        return self
+
     def pack(self, codes: Tensor, order: Tensor | None = None) -> PackedDense:
         return PackedDense(codes if order is None else codes[:, torch.argsort(order)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -111,6 +112,7 @@ class IntegerGrid(Grid):
             scale, zero = fmt.scale_and_zero(tail)
             self.scale = torch.cat([self.scale, scale[:, None]], dim=1)
             self.zero = torch.cat([self.zero, zero[:, None]], dim=1)
+        self.group = [column // self.group_size for column in range(self.columns)]
 
     def refit(self, group: int, weight: Tensor) -> None:
         self.scale[:, group], self.zero[:, group] = self.format.scale_and_zero(weight)
@@ -123,16 +125,19 @@ class IntegerGrid(Grid):
         scale, zero = self._columns(start, codes.shape[1])
         return (codes - zero) * scale
 
+    def permuted(self, order: Tensor) -> IntegerGrid:
+        grid = copy(self)
+        grid.group = [self.group[column] for column in order.tolist()]
+        return grid
+
     def pack(self, codes: Tensor, order: Tensor | None = None) -> PackedInteger:
         group_index = None
         if order is not None:
             inverse = torch.argsort(order)
             codes = codes[:, inverse]
-            group_index = inverse // self.group_size
-            if torch.equal(group_index, torch.arange(self.columns, device=order.device) // self.group_size):
-                group_index = None
-            else:
-                group_index = group_index.to(torch.int16 if self.scale.shape[1] < 2**15 else torch.int32)
+            index = torch.tensor(self.group, device=order.device)[inverse]
+            if not torch.equal(index, torch.arange(self.columns, device=order.device) // self.group_size):
+                group_index = index.to(torch.int16 if self.scale.shape[1] < 2**15 else torch.int32)
         zero = None if self.format.symmetric else pack(self.zero.reshape(1, -1), self.format.width)
         return PackedInteger(
             pack(codes, self.format.width),
@@ -146,10 +151,10 @@ class IntegerGrid(Grid):
 
     def _columns(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Scale and zero of each of `count` columns: [out, count], or [out, 1] where they share one group."""
-        first, last = start // self.group_size, (start + count - 1) // self.group_size
-        if first == last:
+        group = self.group[start : start + count]
+        first = group[0]
+        if group.count(first) == count:
             return self.scale[:, first : first + 1], self.zero[:, first : first + 1]
-        group = torch.arange(start, start + count, device=self.scale.device) // self.group_size
         return self.scale[:, group], self.zero[:, group]
 
 

@@ -1,0 +1,48 @@
+# `make help` lists the targets. PYTHON chooses the interpreter that creates the environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run sweep tables test test-slow lint format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Create .venv with the pinned dependencies
+
+$(READY): pyproject.toml .constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("hawq-bench needs Python 3.11 or newer") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(READY) ## The default comparison: sweep, table in the terminal, results/tables, results/figures
+	@$(BIN)/python -m harness experiment=default; status=$$?; $(BIN)/python -m harness.report && exit $$status
+
+sweep: $(READY) ## Any sweep: make sweep ARGS="-m method=rtn,gptq budget=w3g128,w4g128"
+	@$(BIN)/python -m harness $(ARGS)
+
+tables: $(READY) ## Tables and figures again from the records, without computing anything
+	@$(BIN)/python -m harness.report
+
+test: $(READY) ## The tests that take seconds
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## The tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY) ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove records, caches and logs; keeps .venv and committed tables
+	rm -rf results/runs .cache outputs multirun wandb .pytest_cache .ruff_cache .mypy_cache

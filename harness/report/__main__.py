@@ -1,0 +1,48 @@
+"""Print the comparison of all records and write its tables and figures.
+
+    python -m harness.report
+    python -m harness.report records=results/runs folder=results
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from rich.console import Console
+
+from harness.records import Store
+from harness.report import report
+
+
+@dataclass
+class ReportConfig:
+    """What to read and where to write."""
+
+    records: str = "results/runs"
+    """Folder of the records."""
+    folder: str = "results"
+    """Gets `tables/` and `figures/`."""
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"override hydra/job_logging": "stdout"}])
+    hydra: dict[str, Any] = field(default_factory=lambda: {"output_subdir": None, "run": {"dir": "."}})
+
+
+ConfigStore.instance().store(name="report", node=ReportConfig)
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="report")
+def main(config: ReportConfig) -> None:
+    """Status 0 also when cells failed: the sweep's own status says so."""
+    console = Console()
+    records = Store(config.records).all()
+    if not records:
+        raise SystemExit(f"{config.records} holds no records; run a sweep first: python -m harness -m --help")
+    paths = report(records, Path(config.folder), console)
+    console.print(f"Wrote {len(paths)} files to {config.folder}/tables and {config.folder}/figures.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Records as one tidy table: a row a cell, a column a quantity; and how the rows of a section differ.
+
+A *section* holds what may stand in one table: cells of one model, text and evaluation. A *block* is a section's
+cells of one budget.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.evaluate import paired_difference
+from harness.records import DONE, Record, canonical
+from harness.report import style
+
+NOT_RUN = "not run"
+BEST, TIED = "best", "tied"
+
+INTERVALS = ("perplexity", "kl", "top1")
+NUMBERS = (
+    "word_perplexity",
+    "tokens",
+    "length",
+    "effective_bits",
+    "linear_bytes",
+    "model_bytes",
+    "embedding_bytes",
+    "head_bytes",
+)
+PHASES = ("load", "statistics", "quantize", "evaluate", "total")
+TEXTS = ("reason", "key", "created", "git")
+DIFFERENCE = ("delta_nll", "delta_nll_low", "delta_nll_high", "delta", "delta_low", "delta_high")
+NUMERIC = (
+    *(f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")),
+    *NUMBERS,
+    *(f"seconds_{phase}" for phase in PHASES),
+    "peak_bytes",
+)
+
+
+def metrics(record: Record) -> dict[str, Any]:
+    """A record's numbers under one flat name each; what was not measured is None.
+
+    Intervals become `name`, `name_low`, `name_high`; tasks `task.metric`; costs `seconds_phase` and `peak_bytes`.
+    """
+    flat: dict[str, Any] = dict.fromkeys(NUMERIC)
+    for name in INTERVALS:
+        interval = record.result.get(name) or {}
+        flat |= {f"{name}{end}": interval.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
+    flat |= {name: record.result.get(name) for name in NUMBERS}
+    flat |= {f"seconds_{phase}": record.cost.get("seconds", {}).get(phase) for phase in PHASES}
+    flat["peak_bytes"] = record.cost.get("peak_bytes")
+    for task, values in record.result.get("tasks", {}).items():
+        flat |= {f"{task}.{metric}": value for metric, value in values.items()}
+    return flat
+
+
+def build(records: Iterable[Record]) -> pd.DataFrame:
+    """The tidy table of all records, ordered for print.
+
+    Of records with equal model, data, evaluation, method, budget and seed the latest counts. The reference stands
+    once in each section. Combinations of a section's methods and budgets that have no record get a row with the
+    status `not run`. `delta…` is the difference from the reference (of the mean negative log-likelihood, and of
+    perplexity) with its paired 95 % interval; `standing` is `best` for the lowest perplexity of a block, and
+    `tied` where the paired interval of the difference from the best contains zero.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    rows = [_row(record) for record in records]
+    if not rows:
+        raise ValueError("there are no records to report; run a cell or a sweep first: python -m harness --help")
+    frame = _latest(pd.DataFrame(rows))
+    frame["section"] = _section_labels(frame)
+    frame = pd.concat([frame, *_not_run(frame)], ignore_index=True)
+    frame[list(NUMERIC)] = frame[list(NUMERIC)].astype(float)
+    frame["seed"] = frame["seed"].astype("Int64")
+    frame[list(TEXTS)] = frame[list(TEXTS)].fillna("")
+    frame = _ordered(frame)
+    return frame.join(_differences(frame)).join(_standings(frame))
+
+
+def sections(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each section's label and rows."""
+    yield from frame.groupby("section", sort=False)
+
+
+def slugs(frame: pd.DataFrame) -> dict[str, str]:
+    """A file name for each section: the model's name where that is enough, and always different."""
+    names: dict[str, str] = {}
+    models = frame.groupby("section", sort=False)["model"].first()
+    for section, model in models.items():
+        alone = (models == model).sum() == 1
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model if alone else section).strip("-.")[:80] or "model"
+        same = sum(name == stem or name.startswith(f"{stem}--") for name in names.values())
+        names[section] = f"{stem}--{same + 1}" if same else stem
+    return names
+
+
+def _row(record: Record) -> dict[str, Any]:
+    cell, method = record.cell, record.cell["method"]["name"]
+    reference, budget = method == style.REFERENCE, cell["budget"]
+    nominal = record.result.get("effective_bits") if reference else budget.get("bits") or budget["effective_bits"]
+    return {
+        "model": record.labels["model"],
+        "data": record.labels["data"],
+        "method": record.labels["method"],
+        "method_name": method,
+        "budget": "–" if reference else record.labels["budget"],
+        "seed": cell["seed"],
+        "nominal_bits": nominal,
+        "reference": reference,
+        "status": record.status,
+        "reason": record.reason,
+        **metrics(record),
+        "key": record.key,
+        "created": record.created,
+        "git": record.environment.get("git"),
+        "settings": canonical(_settings(cell)),
+        "nll": np.asarray(record.result.get("nll", []), dtype=float),
+        "layers": record.result.get("layers", []),
+    }
+
+
+def _settings(cell: dict[str, Any]) -> dict[str, Any]:
+    """What the cells of a section share. `data.seed` chooses calibration text only, and may differ."""
+    data = {name: value for name, value in cell["data"].items() if name != "seed"}
+    return {"model": cell["model"], "data": data, "evaluation": cell["evaluation"]}
+
+
+def _latest(frame: pd.DataFrame) -> pd.DataFrame:
+    """The latest record of each cell; of the reference, which no budget or seed changes, the latest that is done."""
+    identity = ["model", "data", "settings", "method", "budget"]
+    age = frame.assign(done=frame["status"] == DONE).sort_values(["created", "key"])
+    reference = age[age["reference"]].sort_values("done", kind="stable").drop_duplicates(identity, keep="last")
+    others = age[~age["reference"]].drop_duplicates([*identity, "seed"], keep="last")
+    return pd.concat([reference, others], ignore_index=True).drop(columns="done")
+
+
+def _section_labels(frame: pd.DataFrame) -> pd.Series:
+    """`model on data`, and the settings in which sections of one model and text differ."""
+    labels = {}
+    for (model, data), rows in frame.groupby(["model", "data"]):
+        distinct = sorted(rows["settings"].unique())
+        settings = pd.json_normalize([json.loads(text) for text in distinct]).map(str)
+        varying = settings.loc[:, settings.nunique() > 1]
+        for key, values in zip(distinct, varying.to_dict("records"), strict=True):
+            differing = ", ".join(f"{name}={value}" for name, value in values.items())
+            labels[model, data, key] = f"{model} on {data}" + (f" with {differing}" if differing else "")
+    return pd.Series(
+        [labels[row] for row in frame[["model", "data", "settings"]].itertuples(index=False, name=None)], frame.index
+    )
+
+
+def _not_run(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Rows for the methods and budgets of a section that were not combined."""
+    for _, rows in sections(frame[~frame["reference"]]):
+        run = set(zip(rows["method"], rows["budget"], strict=True))
+        methods = rows.drop_duplicates("method")[["method", "method_name"]].itertuples(index=False, name=None)
+        budgets = rows.drop_duplicates("budget")[["budget", "nominal_bits"]].itertuples(index=False, name=None)
+        missing = [(*m, *b) for m, b in product(methods, list(budgets)) if (m[0], b[0]) not in run]
+        same = rows.iloc[0][["section", "model", "data", "settings"]].to_dict()
+        if missing:
+            blank = pd.DataFrame(missing, columns=["method", "method_name", "budget", "nominal_bits"])
+            yield blank.assign(**same, reference=False, status=NOT_RUN, nll=None, layers=None)
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    order = frame.assign(rank=frame["method_name"].map(style.rank), block=~frame["reference"])
+    order = order.sort_values(["section", "block", "nominal_bits", "budget", "rank", "method", "seed"])
+    return order.drop(columns=["rank", "block"]).reset_index(drop=True)
+
+
+def _differences(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every row against its section's reference; rows that cannot be compared stay blank."""
+    found = pd.DataFrame(np.nan, frame.index, list(DIFFERENCE))
+    for _, rows in sections(frame):
+        for reference in rows.index[rows["reference"] & (rows["status"] == DONE)]:
+            for row in rows.index[~rows["reference"] & (rows["status"] == DONE)]:
+                if _comparable(rows.loc[row], rows.loc[reference]):
+                    nll = _difference(rows, row, reference)
+                    found.loc[row] = [*nll, *(rows.at[reference, "perplexity"] * np.expm1(nll))]
+    return found
+
+
+def _standings(frame: pd.DataFrame) -> pd.Series:
+    """Who is best in each block, and who cannot be told from the best. One cell alone is neither."""
+    standing = pd.Series("", frame.index, name="standing")
+    contenders = frame[~frame["reference"] & (frame["status"] == DONE)]
+    for _, block in contenders.groupby(["section", "budget"]):
+        best = block["perplexity"].idxmin()
+        rivals = [i for i in block.index.drop(best) if _comparable(block.loc[i], block.loc[best])]
+        if not rivals:
+            continue
+        standing[best] = BEST
+        for rival in rivals:
+            _, low, _ = _difference(block, rival, best)
+            standing[rival] = TIED if low <= 0 else ""
+    return standing
+
+
+def _difference(rows: pd.DataFrame, row: int, other: int) -> np.ndarray:
+    """Mean NLL of `row` minus that of `other`, and the ends of the paired interval."""
+    estimate = paired_difference(rows.at[row, "nll"], rows.at[other, "nll"])
+    return np.array([estimate.value, estimate.low, estimate.high])
+
+
+def _comparable(row: pd.Series, other: pd.Series) -> bool:
+    """Whether both were measured on the same sequences."""
+    same = row["tokens"] == other["tokens"] and row["length"] == other["length"]
+    return bool(same and len(row["nll"]) == len(other["nll"]) > 0)

@@ -1,0 +1,80 @@
+"""How things look: the same color, marker and line for a method in every figure, the same order in every table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
+
+REFERENCE = "fp16"
+"""The method that changes nothing: the row that all others are compared with."""
+
+SEATS = ("rtn", "gptq", "awq", "hawq_v1", "hawq_v2")
+"""Methods whose place in tables, and so whose color, is fixed; append only. Others follow in order of name."""
+
+# Okabe and Ito's colors, which color-blind readers tell apart; without black (the reference) and the yellow that
+# print loses. Seven markers and six colors share no factor, so that 42 methods look different in color print.
+COLORS = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+VARIANT_MARKERS = ("*", "h", "<", ">", "p", "d", "8")
+DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+
+FIGURE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 6.5,
+    "lines.markeredgewidth": 0.7,
+    "text.parse_math": False,  # names of models may contain dollar signs
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hawq-bench",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one method is drawn. Variants of a method share its color and differ in marker, fill and dashes."""
+
+    color: str
+    marker: str
+    filled: bool = True
+    line: str | tuple[int, tuple[int, ...]] = "-"
+
+
+def rank(method: str) -> tuple[int, str]:
+    """Sort key of a method's name: the reference, the seated methods, the others by name."""
+    order = (REFERENCE, *SEATS)
+    return (order.index(method) if method in order else len(order), method)
+
+
+def looks(methods: Mapping[str, str]) -> dict[str, Look]:
+    """A look for every label, given {label: name of its method}; in the order in which to list them."""
+    seat = {name: i for i, name in enumerate((*SEATS, *_unseated(methods.values())))}
+    variant = {name: count() for name in seat}
+    found = {}
+    for label in sorted(methods, key=lambda label: (rank(methods[label]), label)):
+        name = methods[label]
+        if name == REFERENCE:
+            continue
+        plain = Look(COLORS[seat[name] % len(COLORS)], MARKERS[seat[name] % len(MARKERS)])
+        found[label] = plain if label == name else _variant(plain, next(variant[name]))
+    return found
+
+
+def _unseated(names: Iterable[str]) -> list[str]:
+    return sorted(set(names) - {REFERENCE, *SEATS})
+
+
+def _variant(plain: Look, number: int) -> Look:
+    marker = VARIANT_MARKERS[number % len(VARIANT_MARKERS)]
+    return Look(plain.color, marker, filled=False, line=DASHES[number % len(DASHES)])

@@ -1,0 +1,186 @@
+"""From a cell to its numbers: load, calibrate, quantize, count, evaluate. A session keeps what the cells of one
+model and text share, so that a warm worker loads once.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import accounting
+from harness.cache import Cache, Entry
+from harness.calibration import as_statistics, collect
+from harness.cell import Cell
+from harness.code import code_version
+from harness.data import load_texts, texts_digest, windows
+from harness.evaluate import batch_size, evaluate, reference
+from harness.models import load, weights_digest
+from harness.tasks import run_tasks
+from methods.base import Context, Quantized, Stat, Statistics, Tracker, no_tracker
+from methods.network import Network
+
+class Unsupported(Exception):
+    """The method says that it cannot do this; the message says why."""
+
+
+@dataclass
+class Clock:
+    """Seconds by phase. What came from the cache is charged as if it had been computed."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    on_phase: Callable[[str], None] = lambda phase: None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase and announce it."""
+        self.on_phase(name)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def charge(self, name: str, entry: Entry) -> dict[str, Tensor]:
+        """Add the cost of a value that was found in the cache, and return the value."""
+        if entry.found:
+            self.seconds[name] = self.seconds.get(name, 0.0) + entry.seconds
+        return entry.value
+
+
+class Session:
+    """A loaded model with its texts, for cells that agree on `cell.model`, `cell.data` and `cell.seed`."""
+
+    def __init__(self, cell: Cell, cache: Cache, device: str = "cpu") -> None:
+        self.model, self.data, self.seed = cell.model, cell.data, cell.seed
+        self.cache, self.device = cache, torch.device(device)
+        loaded = load(cell.model, device)
+        self.tokenizer, self.network, self.vocab_size = loaded.tokenizer, loaded.network, loaded.vocab_size
+        self.windows = windows(load_texts(cell.data), loaded.tokenizer, cell.data, loaded.context)
+        self.identity = {
+            "weights": weights_digest(cell.model),
+            "dtype": cell.model.dtype,
+            "texts": texts_digest(cell.data),
+            "seed": cell.seed,
+        }
+
+    def serves(self, cell: Cell) -> bool:
+        """Whether the cell can run in this session."""
+        return (cell.model, cell.data, cell.seed) == (self.model, self.data, self.seed)
+
+    def run(self, cell: Cell, clock: Clock, track: Tracker = no_tracker) -> dict[str, Any]:
+        """The numbers of a cell.
+
+        Raises:
+            Unsupported: the method cannot quantize this model to this budget.
+            ValueError, FloatingPointError: bad input, or numbers that are no numbers.
+        """
+        reason = cell.method.supports(self.network, cell.budget)
+        if reason is not None:
+            raise Unsupported(reason)
+        with clock.phase("statistics"):
+            statistics = self._statistics(cell, clock, track)
+        with clock.phase("quantize"):
+            quantized = self._quantize(cell, statistics, clock, track)
+        packed = accounting.packed_copy(self.network, quantized)
+        storage = accounting.storage(packed)
+        _check_budget(cell, self.network, storage["effective_bits"])
+        with clock.phase("evaluate"):
+            measured = self._evaluate(cell, packed, clock, track)
+        if not cell.evaluation.layer_error:
+            statistics = None
+        layers = accounting.layers(self.network, quantized, statistics)
+        note = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
+        return {**measured, **storage, "layers": layers, "notes": [note] if note else []}
+
+    def _statistics(self, cell: Cell, clock: Clock, track: Tracker) -> Statistics | None:
+        stats = cell.method.needs | ({Stat.GRAM} if cell.evaluation.layer_error else frozenset())
+        if not stats:
+            return None
+
+        def compute() -> dict[str, Tensor]:
+            found = collect(self.network, self.windows.calibration.to(self.device), stats, track)
+            return {f"{stat.value}/{group}": t for stat, groups in found.items() for group, t in groups.items()}
+
+        identity = {**self.identity, "stats": sorted(s.value for s in stats), "code": code_version("harness.calibration")}
+        flat = clock.charge("statistics", self.cache("statistics", identity, compute))
+        nested: dict[Stat, dict[str, Tensor]] = {stat: {} for stat in stats}
+        for name, tensor in flat.items():
+            stat, group = name.split("/", 1)
+            nested[Stat(stat)][group] = tensor.to(self.device)
+        return as_statistics(self.network, nested)
+
+    def _quantize(self, cell: Cell, statistics: Statistics | None, clock: Clock, track: Tracker) -> Quantized:
+        generator = torch.Generator().manual_seed(cell.seed)
+
+        def memo(
+            name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+        ) -> dict[str, Tensor]:
+            # The generator ends where it began, so that a remembered result changes nothing that comes after.
+            state = generator.get_state()
+            code = code_version(compute.__module__)
+            entry = self.cache(name, {**self.identity, "options": dict(options), "code": code}, compute)
+            generator.set_state(state)
+            return clock.charge("quantize", entry)
+
+        working = copy.deepcopy(self.network.model)
+        context = Context(
+            network=Network(working, self.network.blocks),
+            tokens=self.windows.calibration.to(self.device),
+            scoring=self.windows.scoring.to(self.device),
+            statistics=statistics or _no_statistics,
+            budget=cell.budget,
+            generator=generator,
+            memo=memo,
+            track=track,
+        )
+        return cell.method.quantize(context)
+
+    def _evaluate(self, cell: Cell, packed: nn.Module, clock: Clock, track: Tracker) -> dict[str, Any]:
+        chosen, tokens = cell.evaluation, self.windows.test
+        batch = batch_size(tokens.shape[1], self.vocab_size)
+        truth = self._reference(batch, clock) if chosen.kl else None
+        measured = evaluate(
+            Network(packed, ()), tokens, truth, self.windows.words, batch, chosen.bootstrap, track
+        )
+        tasks = {}
+        if chosen.tasks:
+            tasks = run_tasks(packed, self.tokenizer, chosen.tasks, chosen.limit, chosen.include_path)
+        return {
+            "perplexity": asdict(measured.ppl_token),
+            "word_perplexity": measured.ppl_word,
+            "kl": asdict(measured.kl) if measured.kl else None,
+            "top1": asdict(measured.agreement) if measured.agreement else None,
+            "nll": measured.nll,
+            "tokens": measured.tokens,
+            "length": measured.length,
+            "tasks": tasks,
+        }
+
+    def _reference(self, batch: int, clock: Clock) -> Tensor:
+        """Log-probabilities of the full-precision model on the test windows."""
+
+        def compute() -> dict[str, Tensor]:
+            return {"log_probabilities": reference(self.network, self.windows.test, batch)}
+
+        identity = {**self.identity, "code": code_version("harness.evaluate")}
+        return clock.charge("evaluate", self.cache("reference", identity, compute))["log_probabilities"]
+
+
+def _no_statistics(stat: Stat, linear: str) -> Tensor:
+    raise KeyError(f"statistic {stat.value} of {linear} was not declared in the method's `needs`")
+
+
+def _check_budget(cell: Cell, network: Network, effective_bits: float) -> None:
+    """A plan that stores more than the budget is a failure, not a data point."""
+    if not cell.method.uses_budget:
+        return
+    limit = cell.budget.limit(network.shapes)
+    if effective_bits > limit + 1e-9:
+        raise ValueError(f"{cell.method.label} stored {effective_bits:.4f} bits a weight, over the budget of {limit:.4f}")

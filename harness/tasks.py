@@ -1,0 +1,2 @@
+from typing import Any
+def run_tasks(*a: Any) -> dict: return {}

@@ -1,0 +1,91 @@
+"""The parent's side of a worker process: start it, hand it cells, notice when it dies or hangs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import IO, Any
+
+from harness.cell import Cell, make_record
+from harness.config import RunConfig
+from harness.records import FAILED, Record, Store
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Worker:
+    """One `harness.worker` process, started on first use and again after a failure."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lines: queue.Queue[str] = queue.Queue()
+
+    def run(self, cell: Cell, run: RunConfig, listen: Listener = lambda event: None) -> Record:
+        """Compute a cell in the worker. A worker that dies or exceeds the time limit leaves a failed record."""
+        process = self._started()
+        store = Store(run.results)
+        task = {"cell": cell.as_dict(), "run": asdict(run)}
+        reason = self._converse(process, task, run.time_limit * 60, listen)
+        record = None if reason else store.read(cell.key)
+        if record is None:
+            reason = reason or "the worker reported success but its record cannot be read"
+            record = make_record(cell, FAILED, reason)
+            store.write(record)
+        if record.status == FAILED or not run.warm:
+            self.close()
+        return record
+
+    def close(self) -> None:
+        """Stop the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "harness.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            self._lines = queue.Queue()
+            threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
+        return self._process
+
+    def _converse(
+        self, process: subprocess.Popen[str], task: dict[str, Any], limit: float, listen: Listener
+    ) -> str | None:
+        """Send the task and follow its events. None when it ended, else what became of the worker."""
+        deadline, phase = time.monotonic() + limit, "start"
+        try:
+            print(json.dumps(task), file=process.stdin, flush=True)
+        except BrokenPipeError:
+            return f"the worker ended with code {process.wait()} before the cell began"
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                self.close()
+                return f"stopped after the time limit of {limit / 60:g} minutes, in phase {phase!r}"
+            if not line:
+                return f"the worker ended with code {process.wait()} in phase {phase!r}"
+            event = json.loads(line)
+            if event["event"] == "end":
+                return None
+            phase = event.get("phase", phase)
+            listen(event)
+
+
+def _forward(stream: IO[str], lines: queue.Queue[str]) -> None:
+    """Put the stream's lines into the queue, and an empty one at its end."""
+    for line in stream:
+        lines.put(line)
+    lines.put("")

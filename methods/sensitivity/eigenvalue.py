@@ -1,0 +1,73 @@
+"""Top eigenvalues of the Hessian's diagonal blocks, one a linear: HAWQ (ICCV 2019, arXiv 1905.03696)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from math import copysign
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from methods.network import Network
+from methods.sensitivity.base import METRICS, Metric, Sensitivity
+from methods.sensitivity.hvp import Product, hessian
+
+log = logging.getLogger(__name__)
+
+
+@METRICS.register("eigenvalue")
+@dataclass(frozen=True)
+class TopEigenvalue(Metric):
+    """The eigenvalue of ∂²loss/∂W² that is largest in magnitude, with its sign, by power iteration.
+
+    Only the start is random, so the standard error is 0. The Hessian is that of one batch of text.
+
+    Args:
+        tolerance: relative change of the eigenvalue at which the iteration stops (PyHessian's 1e-3). Where
+            the second eigenvalue is close to the first, the error left is larger than this.
+        max_iterations: Hessian-vector products after which a linear is left as it is.
+        sequences: sequences of the text in the batch.
+        context: tokens used of each sequence, from its beginning.
+    """
+
+    tolerance: float = 1e-3
+    max_iterations: int = 100
+    sequences: int = 4
+    context: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.max_iterations, self.sequences, self.context) < 1:
+            raise ValueError("max_iterations, sequences and context of the top eigenvalue must be positive")
+
+    def __call__(self, network: Network, tokens: Tensor, generator: torch.Generator) -> Sensitivity:
+        started, passes = perf_counter(), 2
+        batch = tokens[: self.sequences, : self.context].to(next(network.model.parameters()).device)
+        values, unconverged = {}, 0
+        with hessian(network, batch, network.linears) as product:
+            for name in network.linears:
+                weight = network.linear(name).weight
+                start = torch.randn(weight.shape, generator=generator).to(weight.device)
+                values[name], iterations, converged = self._iterate(product, name, start)
+                passes += iterations
+                unconverged += not converged
+        if unconverged:
+            log.info("%d of %d top eigenvalues did not converge", unconverged, len(values))
+        return Sensitivity(values, dict.fromkeys(values, 0.0), perf_counter() - started, passes)
+
+    def _iterate(self, product: Product, linear: str, vector: Tensor) -> tuple[float, int, bool]:
+        """Eigenvalue, products used, and whether it converged.
+
+        The magnitude is ‖Hv‖ and only the sign that of vᵀHv: unlike vᵀHv, ‖Hv‖ never decreases and keeps its
+        meaning where λ and −λ compete.
+        """
+        value = 0.0
+        for iteration in range(1, self.max_iterations + 1):
+            vector = vector / vector.norm()
+            image = product({linear: vector})[linear]
+            before, value = value, copysign(float(image.norm()), float(torch.sum(vector * image)))
+            if abs(abs(value) - abs(before)) <= self.tolerance * abs(value):
+                return value, iteration, True
+            vector = image
+        return value, self.max_iterations, False

@@ -1,0 +1,114 @@
+"""Every config composes into a cell; bad input gets one sentence that names the problem and the remedy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from harness.config import cell_from_dict, named_budgets, register_configs, to_cell, to_run
+from methods.base import METHODS, Budget
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+
+
+@pytest.fixture(autouse=True)
+def hydra():
+    register_configs()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def cell(*overrides: str):
+    return to_cell(compose("config", list(overrides)))
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", ["data", "eval", "method", "model"])
+def test_every_config_file_makes_a_cell(group):
+    assert choices(group)
+    for name in choices(group):
+        extra = ["model.path=somewhere"] if name == "local" else []
+        extra += ["model.name=org/name"] if name == "hub" else []
+        assert cell(f"{group}={name}", *extra)
+
+
+def test_every_run_config_is_typed():
+    for name in choices("run"):
+        assert to_run(compose("config", [f"run={name}"])).time_limit > 0
+
+
+def test_every_method_is_an_option_with_its_own_defaults():
+    for name, cls in METHODS.items():
+        assert cell(f"method={name}").method == cls()
+
+
+def test_a_method_option_changes_label_and_identity():
+    plain, changed = cell("method=gptq"), cell("method=gptq", "method.act_order=true")
+    assert changed.method.act_order is True
+    assert (plain.labels["method"], changed.labels["method"]) == ("gptq", "gptq act_order=true")
+    assert plain.as_dict() != changed.as_dict()
+
+
+def test_a_variant_is_its_method_with_options():
+    assert cell("method=hawq_v2_gptq").method == cell("method=hawq_v2", "method.rounding=gptq").method
+
+
+def test_a_cell_survives_json():
+    original = cell("method=hawq_v2", "budget=b3.25", "model=tiny_outliers", "method.bits=[2,4]")
+    assert cell_from_dict(json.loads(json.dumps(original.as_dict()))) == original
+
+
+def test_named_budgets():
+    budgets = named_budgets()
+    assert budgets["w3g32"] == Budget(bits=3, group_size=32)
+    assert budgets["w8channel"] == Budget(bits=8, group_size=0)
+    assert budgets["b3.25"] == Budget(effective_bits=3.25)
+    assert cell("budget=b3.25").budget == budgets["b3.25"]
+    assert all(b.name == name or b.effective_bits for name, b in budgets.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+method.clipp=1"], r"unknown option method\.clipp: did you mean clip\?"),
+        (["+data.lenght=5"], r"unknown option data\.lenght: did you mean length\?"),
+        (["budget.bits=9"], r"budget\.bits=9 is outside 2 to 8"),
+        (["budget.bits=1"], r"outside 2 to 8"),
+        (["budget.group_size=-3"], r"group_size=-3 is not positive"),
+        (["budget.effective_bits=3"], r"either budget\.bits or budget\.effective_bits"),
+        (["data.length=1"], r"data\.length=1"),
+        (["method=hawq_v2", "method.rounding=gptqq"], r"unknown rounding 'gptqq': did you mean gptq\?"),
+    ],
+)
+def test_bad_values_are_refused_with_the_remedy(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        cell(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=gptqq"], "unknown method 'gptqq': did you mean gptq?"),
+        (["method=gptq", "method.act_oder=true"], "unknown option 'method.act_oder': did you mean act_order?"),
+        (["methd=gptq"], "unknown option 'methd': did you mean method?"),
+        (["budget=w9g128"], "unknown budget 'w9g128': did you mean"),
+        (["method=gptq", "method.damping=abc"], "method.damping=abc"),
+        (["model=local", "model.path=nowhere"], "nowhere"),
+        (["data=text", "data.path=nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_the_command_line_answers_in_one_sentence(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
