@@ -1,8 +1,8 @@
 """Run one cell or a sweep.
 
-    python -m harness model=tiny method=gptq budget=w4g128
-    python -m harness -m method=rtn,gptq,awq budget=w3g128,w4g128
-    python -m harness experiment=default
+python -m harness model=tiny method=gptq budget=w4g128
+python -m harness -m method=rtn,gptq,awq budget=w3g128,w4g128
+python -m harness experiment=default
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from harness.config import register_configs, to_cell, to_run
 from harness.messages import explain
-from harness.sweep import INVALID, Outcome, Outcomes, conclude, console, position, run_cell
+from harness.sweep import INVALID, Outcome, Outcomes, conclude, console, mirror, position, run_cell
 
 register_configs()
 
@@ -37,7 +37,9 @@ def job(config: DictConfig) -> None:
         told = " ".join(hydra_config.overrides.task)
         outcomes.add(Outcome(number, told, INVALID, str(error)))
         return
-    outcomes.add(Outcome(number, " · ".join(cell.labels.values()), record.status, record.reason, resumed))
+    told = " · ".join(cell.labels.values())
+    outcomes.add(Outcome(number, told, record.status, record.reason, resumed))
+    mirror(record, run, config.tracking, config.experiment_name)
 
 
 def main() -> int:

@@ -78,7 +78,9 @@ class Cache:
         try:
             write_atomically(path, save({k: v.cpu() for k, v in entry.value.items()}, metadata=facts))
         except OSError as error:
-            log.warning("cannot keep %s in the cache (%s); later cells will compute it again", path.name, error)
+            log.warning(
+                "cannot keep %s in the cache (%s); later cells will compute it again", path.name, error
+            )
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -86,5 +88,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].cpu().contiguous()
         sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -49,12 +49,17 @@ def download(hub: str, revision: str | None, allow_pickle: bool) -> Path:
         ValueError: it does not exist, may not be read, or is neither cached nor within reach.
     """
     from httpx import HTTPError
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors, is_offline_mode, snapshot_download
 
     def fetch(weights: str) -> Path:
-        wanted = [weights, "*.json", "*.txt", "*.model", "*.py", "*.jinja"]
-        others = ["*/*"]  # subdirectories repeat the weights in other formats
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted, ignore_patterns=others))
+        snapshot = snapshot_download(
+            hub,
+            revision=revision,
+            allow_patterns=[weights, "*.json", "*.txt", "*.model", "*.py", "*.jinja"],
+            ignore_patterns=["*/*"],  # subdirectories repeat the weights in other formats
+            local_files_only=is_offline_mode(),  # without this a pinned commit asks the hub all the same
+        )
+        return Path(snapshot)
 
     try:
         directory = fetch("model*.safetensors")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
@@ -20,7 +19,7 @@ from harness.cell import Cell
 from harness.data import DataConfig
 from harness.evaluate import EvalConfig
 from harness.models import ModelConfig
-from methods.base import METHODS, Budget, discover
+from methods.base import METHODS, Budget, discover, hint
 from methods.formats.integer import WIDTHS
 
 T = TypeVar("T")
@@ -104,7 +103,7 @@ def to_cell(config: DictConfig) -> Cell:
         ValueError: an unknown option (`+method.typo=1` passes Hydra itself), or a value out of its range.
     """
     method = OmegaConf.get_type(config.method)
-    if method not in METHODS.values():
+    if method is None or method not in METHODS.values():
         raise ValueError(f"method={OmegaConf.to_yaml(config.method)} is no registered method")
     return Cell(
         model=_part(ModelConfig, config.model, "model"),
@@ -144,15 +143,13 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            near = get_close_matches(str(key), known, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known) or 'none'}."
-            raise ValueError(f"unknown option {where}.{key}: {hint}")
+            raise ValueError(f"unknown option {where}.{key}: {hint(str(key), known)}")
     try:
-        instance = OmegaConf.to_object(OmegaConf.merge(_schema(cls), dict(values)))
+        instance: Any = OmegaConf.to_object(OmegaConf.merge(_schema(cls), dict(values)))
     except ValidationError as error:
         raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
     changes = {f: tuple(v) for f in known if isinstance(v := getattr(instance, f), list)}
-    return dataclasses.replace(instance, **changes)  # type: ignore[type-var]
+    return dataclasses.replace(instance, **changes)
 
 
 def _part(cls: type[T], node: DictConfig, where: str) -> T:

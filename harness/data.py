@@ -58,7 +58,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.length < 2:
-            raise ValueError(f"data.length={self.length} leaves no token to predict; take 2 or more, such as 512")
+            raise ValueError(
+                f"data.length={self.length} leaves no token to predict; take 2 or more, such as 512"
+            )
         for option in ("calibration_sequences", "scoring_sequences"):
             if getattr(self, option) < 1:
                 raise ValueError(f"data.{option}={getattr(self, option)} is not positive; take 1 or more")
@@ -116,7 +118,9 @@ def check_disjoint(texts: Texts) -> None:
     hashes = {split: {_sha256(d) for d in documents} for split, documents in vars(texts).items()}
     for one, other in combinations(hashes, 2):
         if shared := len(hashes[one] & hashes[other]):
-            raise ValueError(f"{one} and {other} text share {shared} documents; leave each in one of them only")
+            raise ValueError(
+                f"{one} and {other} text share {shared} documents; leave each in one of them only"
+            )
 
 
 def windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, config: DataConfig, context: int) -> Windows:
@@ -260,12 +264,18 @@ def _wikitext2(path: str | None) -> Documents:
 def _c4(path: str | None) -> Documents:
     """Test text from the first validation shard, the rest from the first training shard."""
     _refuse(path, "c4")
-    shards = {split: f"en/c4-{split}.00000-of-{n:05d}.json.gz" for split, n in (("train", 1024), ("validation", 8))}
+    shards = {
+        split: f"en/c4-{split}.00000-of-{n:05d}.json.gz" for split, n in (("train", 1024), ("validation", 8))
+    }
     train, validation = (
         _hub("c4", "allenai/c4", data_files={split: shard}, split=f"{split}[:{C4_DOCUMENTS}]")
         for split, shard in shards.items()
     )
-    return {"test": validation, "scoring": train[::8], "calibration": [d for i, d in enumerate(train) if i % 8]}
+    return {
+        "test": validation,
+        "scoring": train[::8],
+        "calibration": [d for i, d in enumerate(train) if i % 8],
+    }
 
 
 def _hub(name: str, *args: Any, **options: Any) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from difflib import get_close_matches
 
 from hydra.errors import HydraException, MissingConfigException
 
 from harness.config import SCHEMAS
-from methods.base import METHODS
+from methods.base import METHODS, hint
 
 
 def explain(error: HydraException) -> str:
@@ -19,17 +18,17 @@ def explain(error: HydraException) -> str:
         known = [option for option in error.options or () if not option.startswith("base_")]
         return f"unknown {group or 'config'} {name!r}: {hint(name, known)}"
     cause = str(error.__cause__ or "")
-    unknown = re.search(r"^Key '(?P<key>[^']*)' .*?full_key: (?P<path>\S+).*?object_type=(?P<owner>\w+)", cause, re.S)
+    unknown = re.search(
+        r"^Key '(?P<key>[^']*)' .*?full_key: (?P<path>\S+).*?object_type=(?P<owner>\w+)", cause, re.S
+    )
     if unknown:
         return f"unknown option {unknown['path']!r}: {hint(unknown['key'], _options(unknown['owner']))}"
-    lines = [line for line in (*str(error).splitlines(), *cause.splitlines()[:1]) if line and "hydra.cc" not in line]
+    lines = [
+        line
+        for line in (*str(error).splitlines(), *cause.splitlines()[:1])
+        if line and "hydra.cc" not in line
+    ]
     return ": ".join(dict.fromkeys(lines))
-
-
-def hint(name: str, known: list[str]) -> str:
-    """Near matches of a mistyped name, or all there are."""
-    near = get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known)) or 'none'}."
 
 
 def _options(owner: str) -> list[str]:

@@ -14,7 +14,7 @@ import pickle
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class ModelConfig:
     """Branch, tag or commit on the hub."""
     dtype: str = "float32"
     """Precision of the unquantized model: float32, bfloat16 or float16."""
-    outliers: Outliers | None = None
+    outliers: Outliers = field(default_factory=Outliers)
     """Activation outliers to plant; none by default."""
     allow_pickle: bool = False
     """Read the weights from a pickle where there are no safetensors."""
@@ -98,7 +98,7 @@ def weights_digest(config: ModelConfig) -> str:
         ValueError: there is no complete checkpoint; one sentence says what is missing.
     """
     files = checkpoints.digest(config.directory(), config.allow_pickle, config.trust_remote_code)
-    outliers = asdict(config.outliers) if config.outliers else None
+    outliers = asdict(config.outliers) if config.outliers.channels else None
     return hashlib.sha256(json.dumps([files, config.dtype, outliers], sort_keys=True).encode()).hexdigest()
 
 
@@ -118,7 +118,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Loaded:
     network = discover(model, settings.vocab_size)
     _require_causal(network, settings.vocab_size)
     _report_untouched(network)
-    if config.outliers:
+    if config.outliers.channels:
         plant(network, config.outliers)
     context = getattr(settings, "max_position_embeddings", None) or tokenizer.model_max_length
     return Loaded(network, tokenizer, context, settings.vocab_size, weights_digest(config))
@@ -128,19 +128,16 @@ def _pretrained(directory: Path, config: ModelConfig) -> tuple[PretrainedConfig,
     """The language model and its configuration, as transformers builds them."""
     # transformers takes seconds to import, and only processes that load a model need it.
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     transformers.logging.set_verbosity_error()  # what matters of its warnings is checked here
     transformers.logging.disable_progress_bar()
     weights = checkpoints.weight_files(directory, config.allow_pickle)
-    failure = f"transformers {transformers.__version__} cannot read {directory} as a causal language model"
-    with _one_sentence(failure):
-        settings = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    if getattr(settings, "quantization_config", None):
-        raise ValueError(f"{directory} is quantized already; name the checkpoint that it was made from")
-    with _one_sentence(failure):
+    with _one_sentence(
+        f"transformers {transformers.__version__} cannot read {directory} as a causal language model"
+    ):
+        settings = _settings(directory, config)
         # The default attention is sdpa where the architecture has it, eager where not.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
             config=settings,
             dtype=DTYPES[config.dtype],
@@ -152,6 +149,17 @@ def _pretrained(directory: Path, config: ModelConfig) -> tuple[PretrainedConfig,
     model, report = loaded
     _require_complete(report, directory)
     return settings.get_text_config(), model
+
+
+def _settings(directory: Path, config: ModelConfig) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    raw, _ = PretrainedConfig.get_config_dict(directory)
+    if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not config.trust_remote_code:
+        raise ValueError("it brings its own Python code; set model.trust_remote_code=true if you trust that")
+    if "quantization_config" in raw:
+        raise ValueError("it is quantized already; name the checkpoint that it was made from")
+    return AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
 
 
 def _tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -231,17 +239,17 @@ def _require_causal(network: Network, vocab_size: int) -> None:
 
 def _report_untouched(network: Network) -> None:
     """Mention weight matrices inside the blocks that are not quantized, such as fused experts."""
-    known = {f"{name}.weight" for name in network.linears}
+    quantized = {f"{name}.weight" for name in network.linears}
     blocks = tuple(f"{block.name}." for block in network.blocks)
-    others = [
-        name
+    others = {
+        name: parameter.numel()
         for name, parameter in network.model.named_parameters()
-        if name.startswith(blocks) and parameter.dim() > 1 and name not in known
-    ]
+        if name.startswith(blocks) and parameter.dim() > 1 and name not in quantized
+    }
     if others:
         log.warning(
-            "%d weight tensors of the blocks are no linears that the model runs, such as %s: "
-            "they stay in full precision and are not part of effective bits",
+            "%d weight tensors of the blocks, such as %s, are not linears that the model runs: "
+            "they stay in full precision and are no part of effective bits",
             len(others),
-            others[0],
+            max(others, key=lambda name: others[name]),
         )

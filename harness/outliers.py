@@ -1,10 +1,10 @@
 """Activation outliers planted into a model without changing its function.
 
-Large language models carry a few hidden channels whose activations are tens of times larger than the others
-(Dettmers et al., LLM.int8(), NeurIPS 2022, section 4: at most seven of them, the same in nearly all layers).
-Small models do not, so claims about SmoothQuant, AWQ or LLM.int8() cannot be tested on them as they are.
-Here the gain of a few channels of every foldable norm is multiplied by `scale`, and the columns of the linears
-that read them are divided by it: the same logits, other activations.
+Large language models carry a few hidden channels, the same in nearly all layers, whose activations are about
+a hundred times larger than the others (Dettmers et al., LLM.int8(), NeurIPS 2022, section 4; Xiao et al.,
+SmoothQuant, ICML 2023, section 3). Small models do not, so claims about such methods cannot be tested on them
+as they are. Here the gain of a few channels of every foldable norm is multiplied by `scale`, and the columns
+of the linears that read them are divided by it: the same logits, other activations.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from methods.network import Group, Network
 class Outliers:
     """Which outliers to plant.
 
-    By default a channel of typical size 1 becomes 64, far beyond LLM.int8()'s threshold of 6. A per-token
-    INT8 grid has ±127 steps, so that ordinary channels are left with about ±127/64 = ±2 of them.
+    A channel of typical size 1 becomes 128 by default, far beyond LLM.int8()'s threshold of 6, and takes the
+    whole of a per-token INT8 grid of ±127 steps: ordinary channels are left with about one.
     """
 
-    channels: int = 4
-    """Channels of each norm, the same in all layers."""
-    scale: float = 64.0
+    channels: int = 0
+    """Channels of each norm, the same in all layers; 0 plants none."""
+    scale: float = 128.0
     """Factor of their activations; a power of two, so that nothing is rounded in fp32 or bf16."""
     seed: int = 0
     """Chooses the channels."""
@@ -41,7 +41,7 @@ def plant(network: Network, outliers: Outliers) -> None:
         ValueError: the scale is not a power of two, there are too few channels, or no norm can be rescaled.
     """
     if outliers.scale <= 0 or math.frexp(outliers.scale)[0] != 0.5:
-        raise ValueError(f"model.outliers.scale={outliers.scale:g} is not a power of two, such as 32 or 64")
+        raise ValueError(f"model.outliers.scale={outliers.scale:g} is not a power of two, such as 64 or 128")
     groups = [group for group in network.groups if _follows_norm(network, group)]
     if not groups:
         raise ValueError(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness import accounting
 from harness.cache import Cache, Entry
@@ -26,6 +26,7 @@ from harness.tasks import run_tasks
 from methods.base import Context, Quantized, Stat, Statistics, Tracker, no_tracker
 from methods.network import Network
 
+
 class Unsupported(Exception):
     """The method says that it cannot do this; the message says why."""
 
@@ -35,7 +36,7 @@ class Clock:
     """Seconds by phase. What came from the cache is charged as if it had been computed."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    on_phase: Callable[[str], None] = lambda phase: None
+    on_phase: Callable[[str], None] = lambda _: None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -96,7 +97,9 @@ class Session:
         if not cell.evaluation.layer_error:
             statistics = None
         layers = accounting.layers(self.network, quantized, statistics)
-        note = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
+        note = (
+            accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
+        )
         return {**measured, **storage, "layers": layers, "notes": [note] if note else []}
 
     def _statistics(self, cell: Cell, clock: Clock, track: Tracker) -> Statistics | None:
@@ -106,9 +109,15 @@ class Session:
 
         def compute() -> dict[str, Tensor]:
             found = collect(self.network, self.windows.calibration.to(self.device), stats, track)
-            return {f"{stat.value}/{group}": t for stat, groups in found.items() for group, t in groups.items()}
+            return {
+                f"{stat.value}/{group}": t for stat, groups in found.items() for group, t in groups.items()
+            }
 
-        identity = {**self.identity, "stats": sorted(s.value for s in stats), "code": code_version("harness.calibration")}
+        identity = {
+            **self.identity,
+            "stats": sorted(s.value for s in stats),
+            "code": code_version("harness.calibration"),
+        }
         flat = clock.charge("statistics", self.cache("statistics", identity, compute))
         nested: dict[Stat, dict[str, Tensor]] = {stat: {} for stat in stats}
         for name, tensor in flat.items():
@@ -142,7 +151,7 @@ class Session:
         )
         return cell.method.quantize(context)
 
-    def _evaluate(self, cell: Cell, packed: nn.Module, clock: Clock, track: Tracker) -> dict[str, Any]:
+    def _evaluate(self, cell: Cell, packed: Any, clock: Clock, track: Tracker) -> dict[str, Any]:
         chosen, tokens = cell.evaluation, self.windows.test
         batch = batch_size(tokens.shape[1], self.vocab_size)
         truth = self._reference(batch, clock) if chosen.kl else None
@@ -183,4 +192,6 @@ def _check_budget(cell: Cell, network: Network, effective_bits: float) -> None:
         return
     limit = cell.budget.limit(network.shapes)
     if effective_bits > limit + 1e-9:
-        raise ValueError(f"{cell.method.label} stored {effective_bits:.4f} bits a weight, over the budget of {limit:.4f}")
+        raise ValueError(
+            f"{cell.method.label} stored {effective_bits:.4f} bits a weight, over the budget of {limit:.4f}"
+        )

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
 from harness.cell import Cell
 from harness.config import RunConfig
 from harness.records import DONE, FAILED, SKIPPED, Record, Store, write_atomically
+from harness.tracking import log_record
 from harness.workers import Worker
 
 INVALID = "invalid"
@@ -89,7 +89,7 @@ def _summary(record: Record) -> str:
     if record.status != DONE:
         colour = {FAILED: "red", SKIPPED: "yellow"}[record.status]
         return f"[{colour}]{record.status}[/{colour}]: {escape(record.reason or '')}"
-    result, seconds = record.result, record.cost["seconds"]["wall"]
+    result, seconds = record.result, record.cost["seconds"]["total"]
     return f"perplexity {result['perplexity']['value']:.2f} at {result['effective_bits']:.3f} bits, {seconds:.1f} s"
 
 
@@ -101,8 +101,17 @@ def conclude(outcomes: list[Outcome]) -> int:
     console.print(f"{len(outcomes)} cells: {told}" + (f" ({resumed} were there already)" if resumed else ""))
     for outcome in outcomes:
         if outcome.status in (FAILED, INVALID):
-            console.print(f"[red]{outcome.status}[/red] {escape(outcome.cell)}: {escape(outcome.reason or '')}")
+            console.print(
+                f"[red]{outcome.status}[/red] {escape(outcome.cell)}: {escape(outcome.reason or '')}"
+            )
     return 2 if counts[INVALID] else 1 if counts[FAILED] else 0
+
+
+def mirror(record: Record, run: RunConfig, mode: str, group: str) -> None:
+    """Show a record in wandb, unless it is there already."""
+    folder = Path(run.results)
+    if mode != "disabled" and not any(folder.glob(f"wandb/*-{record.key}")):
+        log_record(record, mode=mode, group=group, directory=folder)
 
 
 @cache
@@ -111,7 +120,7 @@ def _sweep_size(overrides: tuple[str, ...]) -> int:
     return math.prod(len(list(o.sweep_iterator())) for o in parsed if o.is_sweep_override())
 
 
-def position(hydra_config: DictConfig) -> str:
+def position(hydra_config: Any) -> str:
     """Such as `[ 3/42]`: the number of this job and of all jobs of the sweep."""
     params = [f"{k}={v}" for k, v in (hydra_config.sweeper.get("params") or {}).items()]
     arguments = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]

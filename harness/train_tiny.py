@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -153,7 +152,9 @@ def perplexity(model: LlamaForCausalLM, stream: torch.Tensor, context: int) -> f
     return math.exp(sum(losses) / len(rows))
 
 
-def train(recipe: Recipe, model: LlamaForCausalLM, core: torch.Tensor, optional: torch.Tensor, scoring: torch.Tensor) -> None:
+def train(
+    recipe: Recipe, model: LlamaForCausalLM, core: torch.Tensor, optional: torch.Tensor, scoring: torch.Tensor
+) -> None:
     """Run the recipe, resuming from `recipe.checkpoint` when it exists."""
     opts = optimizers(recipe, model)
     start = _resume(recipe, model, opts)
@@ -179,7 +180,11 @@ def train(recipe: Recipe, model: LlamaForCausalLM, core: torch.Tensor, optional:
             log.info("step %d/%d  loss %.3f  %.0f tokens/s", step + 1, recipe.steps, average, rate)
             _save(recipe, model, opts, step + 1)
         if (step + 1) % 500 == 0:
-            log.info("step %d  scoring perplexity %.2f", step + 1, perplexity(model, scoring[:32768], recipe.context))
+            log.info(
+                "step %d  scoring perplexity %.2f",
+                step + 1,
+                perplexity(model, scoring[:32768], recipe.context),
+            )
 
 
 def _resume(recipe: Recipe, model: LlamaForCausalLM, opts: list[torch.optim.Optimizer]) -> int:
@@ -197,8 +202,10 @@ def _save(recipe: Recipe, model: LlamaForCausalLM, opts: list[torch.optim.Optimi
     path = Path(recipe.checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}, partial)
-    os.replace(partial, path)
+    torch.save(
+        {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}, partial
+    )
+    partial.replace(path)
 
 
 def export(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, facts: dict[str, object]) -> None:
@@ -233,10 +240,13 @@ def main(config: Recipe) -> None:
     tokenizer = train_tokenizer(training, recipe.vocab_size)
     core, optional = encode(tokenizer, training), encode(tokenizer, extra) if extra else torch.empty(0)
     held_out = {s: encode(tokenizer, [d for d in documents if d.split == s]) for s in ("scoring", "test")}
-    log.info("tokens: core %d, optional %d, %s", len(core), len(optional), {k: len(v) for k, v in held_out.items()})
+    log.info(
+        "tokens: core %d, optional %d, %s", len(core), len(optional), {k: len(v) for k, v in held_out.items()}
+    )
     model = build_model(recipe)
     train(recipe, model, core, optional, held_out["scoring"])
-    model.to(torch.bfloat16).float()  # evaluate what is shipped
+    for parameter in model.parameters():  # evaluate what is shipped
+        parameter.data = parameter.data.to(torch.bfloat16).float()
     facts = {
         "recipe": {k: v for k, v in asdict(recipe).items() if k not in ("out", "checkpoint", "compile")},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -245,7 +255,9 @@ def main(config: Recipe) -> None:
         "optional_sha256": corpus.digest(extra),
         "core_tokens": len(core),
         "optional_tokens": len(optional),
-        "perplexity": {name: round(perplexity(model, tokens, recipe.context), 3) for name, tokens in held_out.items()},
+        "perplexity": {
+            name: round(perplexity(model, tokens, recipe.context), 3) for name, tokens in held_out.items()
+        },
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
     export(recipe, model, tokenizer, facts)

@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO, TypeVar
 
 import torch
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 class Runner:
     """Runs cells one after the other, keeping the session of the last one while cells agree with it."""
 
-    def __init__(self, emit: Any = lambda **event: None) -> None:
+    def __init__(self, emit: Callable[..., None] = lambda **_: None) -> None:
         self.emit = emit
         self.session: Session | None = None
 
@@ -49,11 +49,11 @@ class Runner:
             result = self._session(cell, run, clock).run(cell, clock, self._track)
         except Unsupported as refusal:
             status, reason = SKIPPED, str(refusal)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             status, reason = FAILED, f"{type(error).__name__}: {error}"
             log.error("%s failed\n%s", " ".join(cell.labels.values()), traceback.format_exc())
             self.session = None  # whatever state it is in
-        clock.seconds["wall"] = time.perf_counter() - began
+        clock.seconds["total"] = time.perf_counter() - began
         cost = {"seconds": {k: round(v, 4) for k, v in clock.seconds.items()}, "peak_bytes": peak()}
         record = make_record(cell, status, reason, result=result, cost=cost, environment=describe())
         Store(run.results).write(record)

@@ -29,7 +29,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str] = queue.Queue()
 
-    def run(self, cell: Cell, run: RunConfig, listen: Listener = lambda event: None) -> Record:
+    def run(self, cell: Cell, run: RunConfig, listen: Listener = lambda _: None) -> Record:
         """Compute a cell in the worker. A worker that dies or exceeds the time limit leaves a failed record."""
         process = self._started()
         store = Store(run.results)
@@ -54,7 +54,10 @@ class Worker:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "harness.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, "-m", "harness.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             self._lines = queue.Queue()
             threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()

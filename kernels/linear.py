@@ -10,6 +10,9 @@ from kernels.packed import Packed
 class QuantLinear(nn.Module):
     """y = x · Ŵᵀ + bias with Ŵ read from its packed form at every call; never a hidden full-precision copy."""
 
+    packed: Packed
+    bias: Tensor | None
+
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape

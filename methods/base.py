@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from enum import Enum
+from enum import StrEnum
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -35,7 +35,7 @@ from methods.network import Network
 T = TypeVar("T")
 
 
-class Stat(str, Enum):
+class Stat(StrEnum):
     """Statistics of a linear's input that calibration can collect in one pass over the full-precision model."""
 
     GRAM = "gram"
@@ -123,7 +123,9 @@ class Tracker(Protocol):
     def __call__(self, items: Iterable[T], description: str) -> Iterable[T]: ...
 
 
-def no_memo(name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def no_memo(
+    name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """Compute every time."""
     del name, options
     return compute()
@@ -239,9 +241,14 @@ class Registry(dict[str, type[T]]):
         return enter
 
     def __missing__(self, name: str) -> type[T]:
-        near = get_close_matches(name, self, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(self))}."
-        raise ValueError(f"unknown {self.kind} {name!r}: {hint}")
+        raise ValueError(f"unknown {self.kind} {name!r}: {hint(name, self)}")
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """The remedy for a mistyped name: near matches, or all there are."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known) or 'none'}."
 
 
 METHODS: Registry[Method] = Registry("method")

@@ -181,7 +181,9 @@ class _Trace:
     """What one forward pass showed of a block."""
 
     order: list[str] = field(default_factory=list)  # leaf modules with parameters, as executed
-    inputs: dict[str, Tensor] = field(default_factory=dict)  # linear -> its input (kept alive, so that ids differ)
+    inputs: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # linear -> its input (kept alive, so that ids differ)
 
     def groups(self) -> list[list[str]]:
         """Linears by the identity of their input, in execution order."""

@@ -52,21 +52,25 @@ def context() -> Callable[..., Context]:
     """Builds the context of a method: random tokens, and statistics collected directly."""
 
     def build(
-        network: Network, budget: Budget | None = None, tokens: Tensor | None = None, seed: int = 0
+        network: Network, budget: Budget | None = None, tokens: Tensor | None = None, statistics: bool = True
     ) -> Context:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         if tokens is None:
             tokens = torch.randint(VOCABULARY, (10, 16), generator=generator)
         return Context(
             network=network,
             tokens=tokens,
             scoring=torch.randint(VOCABULARY, (4, 16), generator=generator),
-            statistics=_statistics(network, tokens),
+            statistics=_statistics(network, tokens) if statistics else _none,
             budget=budget or Budget(bits=3, group_size=32),
             generator=generator,
         )
 
     return build
+
+
+def _none(stat: Stat, linear: str) -> Tensor:
+    raise KeyError(f"{stat} of {linear}: this context was built without statistics")
 
 
 @torch.no_grad()

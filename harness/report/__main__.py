@@ -1,14 +1,13 @@
 """Print the comparison of all records and write its tables and figures.
 
-    python -m harness.report
-    python -m harness.report records=results/runs folder=results
+python -m harness.report
+python -m harness.report records=results/runs folder=results
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -26,11 +25,15 @@ class ReportConfig:
     """Folder of the records."""
     folder: str = "results"
     """Gets `tables/` and `figures/`."""
-    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"override hydra/job_logging": "stdout"}])
-    hydra: dict[str, Any] = field(default_factory=lambda: {"output_subdir": None, "run": {"dir": "."}})
 
 
-ConfigStore.instance().store(name="report", node=ReportConfig)
+# Hydra keeps no log and no folder of its own: a report leaves nothing but what it writes.
+NO_TRACES = {
+    "defaults": ["report_schema", "_self_", {"override hydra/job_logging": "stdout"}],
+    "hydra": {"output_subdir": None, "run": {"dir": "."}},
+}
+ConfigStore.instance().store(name="report_schema", node=ReportConfig)
+ConfigStore.instance().store(name="report", node=NO_TRACES)
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="report")

@@ -1,4 +1,4 @@
-"""Figures of one model: perplexity and KL divergence against stored bits, and which layers got how many bits."""
+"""Figures of one section: perplexity and KL divergence against stored bits, and the bits of each layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -30,13 +31,14 @@ NARROW, WIDE = 8, 300
 ASIDE = 0.011
 """Methods at equal bits are drawn apart by this share of the bits, so that their bars can be told apart."""
 INK = "#222222"
+PAIRED_BARS = "bars: 95 % interval of the paired difference from fp16; band: 95 % interval of fp16 itself"
 PLAIN_BARS = "bars: 95 % interval"
 MOST_NUMBERS = 72
 """Columns of the heat strip that still have room for numbers."""
 
 
 def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write `pareto_…`, `kl_…` and `bits_…`, each as PNG and SVG, for every section that has something to show."""
+    """Write `pareto_…`, `kl_…` and `bits_…`, each as PNG and SVG, for every section with something in it."""
     looks = style.looks(dict(zip(frame["method"], frame["method_name"], strict=True)))
     names = frames.slugs(frame)
     paths = []
@@ -65,8 +67,8 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
 def pareto(title: str, done: pd.DataFrame, looks: dict[str, Look]) -> Figure | None:
     """Perplexity against stored bits, a line a method.
 
-    Bars are the intervals of the paired difference from the reference, which is what sets methods apart; the band
-    is the reference's own interval. Without a reference, bars are each point's own interval.
+    Bars are the intervals of the paired difference from the reference, which is what sets methods apart; the
+    band is the reference's own interval. Without a reference, bars are each point's own interval.
     """
     methods, reference = done[~done["reference"]], done[done["reference"]]
     if methods.empty:
@@ -76,7 +78,9 @@ def pareto(title: str, done: pd.DataFrame, looks: dict[str, Look]) -> Figure | N
     for axis in axes:
         _lines(axis, shown, looks)
         _reference_line(axis, reference)
-    note = "bars: 95 % interval of the difference from fp16, paired over sequences; band: 95 % interval of fp16"
+    note = (
+        "bars: 95 % interval of the difference from fp16, paired over sequences; band: 95 % interval of fp16"
+    )
     _finish(figure, axes, title, "perplexity per token (log scale)", note if len(reference) else PLAIN_BARS)
     return figure
 
@@ -105,7 +109,7 @@ def _paired(methods: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 
 
 def _panels(shown: pd.DataFrame, base: float) -> tuple[Figure, list[Axes]]:
-    """One panel, or two: a fine one where methods can be told apart, and above it one for those that broke down.
+    """One panel, or two: a fine one where methods can be told apart, above it one for those that broke down.
 
     The break lies in the widest gap between values, so that it cuts no point.
     """
@@ -115,7 +119,9 @@ def _panels(shown: pd.DataFrame, base: float) -> tuple[Figure, list[Axes]]:
     if values[-1] <= FAR * values[0]:
         figure = Figure(figsize=(7.5, 4.2))
         axes = [figure.add_subplot()]
-        axes[0].set_ylim(min(values[0], shown["low"].min()) / 1.01, max(values[-1], shown["high"].max()) * 1.01)
+        axes[0].set_ylim(
+            min(values[0], shown["low"].min()) / 1.01, max(values[-1], shown["high"].max()) * 1.01
+        )
     else:
         figure = Figure(figsize=(7.5, 5.2))
         gap = np.argmax(np.where(near, np.diff(np.log(values)), -1))
@@ -132,46 +138,48 @@ def _panels(shown: pd.DataFrame, base: float) -> tuple[Figure, list[Axes]]:
 def _break_marks(upper: Axes, lower: Axes) -> None:
     upper.spines["bottom"].set_visible(False)
     upper.tick_params(axis="x", which="both", length=0)
-    slant = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 8, "color": INK, "linestyle": "", "clip_on": False}
+    slant: dict[str, Any] = {
+        "marker": [(-1, -0.6), (1, 0.6)],
+        "markersize": 8,
+        "color": INK,
+        "clip_on": False,
+    }
     upper.plot([0], [0], transform=upper.transAxes, **slant)
     lower.plot([0], [1], transform=lower.transAxes, **slant)
 
 
 def _lines(axis: Axes, shown: pd.DataFrame, looks: dict[str, Look]) -> None:
-    """Every cell as a point with its interval, and a line through the mean of a method's cells at equal bits."""
+    """Every cell as a point with its interval; a line through the mean of a method's cells at equal bits."""
     present = [label for label in looks if label in set(shown["method"])]
     for i, label in enumerate(present):
         look, rows = looks[label], shown[shown["method"] == label]
         aside = 1 + ASIDE * (i - (len(present) - 1) / 2)
         line = rows.groupby((rows["effective_bits"] * SAME_BITS).round())[["effective_bits", "value"]].mean()
-        face, edge = (look.color, "white") if look.filled else ("white", look.color)
-        marker = {"marker": look.marker, "color": look.color, "markerfacecolor": face, "markeredgecolor": edge}
+        marker = _marker(look)
         axis.plot(line["effective_bits"] * aside, line["value"], color=look.color, linestyle=look.line)
-        below, above = rows["value"] - rows["low"], rows["high"] - rows["value"]
-        axis.errorbar(
-            rows["effective_bits"] * aside,
-            rows["value"],
-            yerr=np.clip([below, above], 0, None),
-            linestyle="",
-            elinewidth=0.9,
-            capsize=2,
-            **marker,
-        )
+        bars = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+        drawn = {"linestyle": "", "elinewidth": 0.9, "capsize": 2, **marker}
+        axis.errorbar(rows["effective_bits"] * aside, rows["value"], yerr=bars, **drawn)
         axis.plot([], [], linestyle=look.line, label=label, **marker)
-    bits = shown["effective_bits"]
-    axis.set_xlim(math.floor(bits.min()) * 0.97, bits.max() * 1.06)
+    left, right = math.floor(shown["effective_bits"].min()) * 0.97, shown["effective_bits"].max() * 1.06
+    axis.set_xlim(left, max(right, 1.4 * left))
+
+
+def _marker(look: Look) -> dict[str, Any]:
+    face, edge = (look.color, "white") if look.filled else ("white", look.color)
+    return {"marker": look.marker, "color": look.color, "markerfacecolor": face, "markeredgecolor": edge}
 
 
 def _reference_line(axis: Axes, reference: pd.DataFrame) -> None:
-    for row in reference.itertuples():
-        label = f"{row.method} ({row.perplexity:.2f})"
-        axis.axhline(row.perplexity, color=INK, linewidth=1, linestyle=(0, (1, 1)), label=label)
-        axis.axhspan(row.perplexity_low, row.perplexity_high, color=INK, alpha=0.07, linewidth=0)
+    for _, row in reference.iterrows():
+        label = f"{row['method']} ({row['perplexity']:.2f})"
+        axis.axhline(row["perplexity"], color=INK, linewidth=1, linestyle=(0, (1, 1)), label=label)
+        axis.axhspan(row["perplexity_low"], row["perplexity_high"], color=INK, alpha=0.07, linewidth=0)
 
 
 def _finish(figure: Figure, axes: list[Axes], title: str, measure: str, note: str) -> None:
     """Labels, and a legend beside the axes, where it covers no point."""
-    figure.suptitle(fill(title, 80), x=0.01, ha="left", fontweight="bold", fontsize="medium")
+    figure.suptitle(fill(title, 70), x=0.01, ha="left", fontweight="bold", fontsize="medium")
     for axis in axes:
         axis.set_xscale("log")  # widths differ by ratio, and most methods meet between 2 and 4.5 bits
         axis.xaxis.set_major_locator(FixedLocator(range(1, 17)))
@@ -188,34 +196,39 @@ def _plain_log_ticks(axis: Axes) -> None:
     """A few round numbers over a narrow range, 1, 2, 5, 10 … over a wider one; never powers of ten."""
     low, high = axis.get_ylim()
     wide = LogLocator(subs=(1, 2, 5)) if high < WIDE * low else LogLocator(numticks=6)
-    axis.yaxis.set_major_locator(MaxNLocator(7) if high < NARROW * low else wide)
+    axis.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]) if high < NARROW * low else wide)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.yaxis.set_minor_locator(NullLocator())
 
 
 def bits(title: str, done: pd.DataFrame, looks: dict[str, Look]) -> Figure | None:
-    """Bits of every linear, for cells that mix widths: rows are methods and budgets, columns layers by type."""
+    """Bits of every linear of cells that mix widths: rows are methods and budgets, columns layers by type."""
     del looks
     mixed = done[done["layers"].map(lambda layers: len({layer["bits"] for layer in layers}) > 1)]
     if mixed.empty:
         return None
     widths = [{layer["name"]: layer["bits"] for layer in layers} for layers in mixed["layers"]]
     types = by_type(list(widths[0]))
-    grids = {kind: np.array([[row[name] for name in names] for row in widths]) for kind, names in types.items()}
+    grids = {
+        kind: np.array([[row[name] for name in names] for row in widths]) for kind, names in types.items()
+    }
     count = len(widths[0])
     figure = Figure(figsize=(min(3 + max(0.2 * count, 0.8 * len(types)), 16), 1.3 + 0.3 * len(mixed)))
     axis = figure.add_subplot()
     _strips(figure, axis, grids, numbers=count <= MOST_NUMBERS)
-    labels = [f"{row.method} · {row.budget}" for row in mixed.itertuples()]
+    seeded = mixed["seed"].nunique() > 1
+    labels = [f"{row.method} · {row.budget}" + f" · seed {row.seed}" * seeded for row in mixed.itertuples()]
     axis.set_yticks(np.arange(len(mixed)) + 0.5, labels)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize="medium")
+    figure.suptitle(fill(title, 70), x=0.01, ha="left", fontweight="bold", fontsize="medium")
     axis.set_xlabel("linears by type, first to last block from left to right")
     return figure
 
 
 def by_type(names: list[str]) -> dict[str, list[str]]:
-    """Linears grouped by their place in a block, in order: `model.layers.3.mlp.up_proj` is of type `up_proj`, or
-    `mlp.up_proj` if the last part alone would be ambiguous."""
+    """Linears grouped by their place in a block, in order.
+
+    `model.layers.3.mlp.up_proj` is of type `up_proj`, or `mlp.up_proj` if the last part alone is ambiguous.
+    """
     types: dict[str, list[str]] = {}
     for name in names:
         _, *inside = re.split(r"\.\d+\.", name)
@@ -225,17 +238,18 @@ def by_type(names: list[str]) -> dict[str, list[str]]:
 
 
 def _strips(figure: Figure, axis: Axes, grids: dict[str, np.ndarray], numbers: bool) -> None:
-    """A strip a type, [rows, blocks], light to dark for few to many bits, with the number where there is room."""
+    """A strip a type, [rows, blocks], light to dark for few to many bits, with numbers if there is room."""
     widths = sorted({float(width) for grid in grids.values() for width in grid.flat})
-    palette = dict(zip(widths, matplotlib.colormaps["Blues"](np.linspace(0.1, 0.95, len(widths))), strict=True))
+    shades = matplotlib.colormaps["Blues"](np.linspace(0.1, 0.95, len(widths)))
+    palette = dict(zip(widths, shades, strict=True))
     left, centers = 0.0, []
     for grid in grids.values():
         for (row, column), width in np.ndenumerate(grid):
-            color = palette[float(width)]
-            axis.add_patch(Rectangle((left + column, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
+            x, color = left + column, palette[float(width)]
+            axis.add_patch(Rectangle((x, row), 1, 1, facecolor=color, edgecolor="white", linewidth=0.6))
             if numbers:
                 ink = "white" if sum(color[:3]) < 1.6 else INK
-                axis.text(left + column + 0.5, row + 0.5, f"{width:g}", ha="center", va="center", size=6.5, color=ink)
+                axis.text(x + 0.5, row + 0.5, f"{width:g}", ha="center", va="center", size=6.5, color=ink)
         centers.append(left + grid.shape[1] / 2)
         left += grid.shape[1] + 0.5
     axis.set(xlim=(0, left - 0.5), ylim=(len(grid), 0))

@@ -1,7 +1,7 @@
 """Records as one tidy table: a row a cell, a column a quantity; and how the rows of a section differ.
 
-A *section* holds what may stand in one table: cells of one model, text and evaluation. A *block* is a section's
-cells of one budget.
+A *section* holds what may stand in one table: cells of one model, text and evaluation. A *block* is a
+section's cells of one budget.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from harness.report import style
 NOT_RUN = "not run"
 BEST, TIED = "best", "tied"
 
+ENDS = {"value": "", "low": "_low", "high": "_high"}
 INTERVALS = ("perplexity", "kl", "top1")
 NUMBERS = (
     "word_perplexity",
@@ -37,7 +37,7 @@ PHASES = ("load", "statistics", "quantize", "evaluate", "total")
 TEXTS = ("reason", "key", "created", "git")
 DIFFERENCE = ("delta_nll", "delta_nll_low", "delta_nll_high", "delta", "delta_low", "delta_high")
 NUMERIC = (
-    *(f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")),
+    *(f"{name}{end}" for name in INTERVALS for end in ENDS.values()),
     *NUMBERS,
     *(f"seconds_{phase}" for phase in PHASES),
     "peak_bytes",
@@ -47,12 +47,16 @@ NUMERIC = (
 def metrics(record: Record) -> dict[str, Any]:
     """A record's numbers under one flat name each; what was not measured is None.
 
-    Intervals become `name`, `name_low`, `name_high`; tasks `task.metric`; costs `seconds_phase` and `peak_bytes`.
+    Intervals become `name`, `name_low` and `name_high`; tasks `task.metric`; costs `seconds_phase` and
+    `peak_bytes`.
     """
     flat: dict[str, Any] = dict.fromkeys(NUMERIC)
     for name in INTERVALS:
         interval = record.result.get(name) or {}
-        flat |= {f"{name}{end}": interval.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
+        flat |= {
+            f"{name}{end}": interval.get(key)
+            for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+        }
     flat |= {name: record.result.get(name) for name in NUMBERS}
     flat |= {f"seconds_{phase}": record.cost.get("seconds", {}).get(phase) for phase in PHASES}
     flat["peak_bytes"] = record.cost.get("peak_bytes")
@@ -64,18 +68,20 @@ def metrics(record: Record) -> dict[str, Any]:
 def build(records: Iterable[Record]) -> pd.DataFrame:
     """The tidy table of all records, ordered for print.
 
-    Of records with equal model, data, evaluation, method, budget and seed the latest counts. The reference stands
-    once in each section. Combinations of a section's methods and budgets that have no record get a row with the
-    status `not run`. `delta…` is the difference from the reference (of the mean negative log-likelihood, and of
-    perplexity) with its paired 95 % interval; `standing` is `best` for the lowest perplexity of a block, and
-    `tied` where the paired interval of the difference from the best contains zero.
+    Of records with equal model, data, evaluation, method, budget and seed the latest counts. The reference
+    stands once in each section. Combinations of a section's methods and budgets that have no record get a row
+    with the status `not run`. `delta…` is the difference from the reference (of the mean negative
+    log-likelihood, and of perplexity) with its paired 95 % interval; `standing` is `best` for the lowest
+    perplexity of a block, and `tied` where the paired interval of the difference from the best contains zero.
 
     Raises:
         ValueError: there are no records.
     """
     rows = [_row(record) for record in records]
     if not rows:
-        raise ValueError("there are no records to report; run a cell or a sweep first: python -m harness --help")
+        raise ValueError(
+            "there are no records to report; run a cell or a sweep first: python -m harness --help"
+        )
     frame = _latest(pd.DataFrame(rows))
     frame["section"] = _section_labels(frame)
     frame = pd.concat([frame, *_not_run(frame)], ignore_index=True)
@@ -88,15 +94,16 @@ def build(records: Iterable[Record]) -> pd.DataFrame:
 
 def sections(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each section's label and rows."""
-    yield from frame.groupby("section", sort=False)
+    for section, rows in frame.groupby("section", sort=False):
+        yield str(section), rows
 
 
 def slugs(frame: pd.DataFrame) -> dict[str, str]:
     """A file name for each section: the model's name where that is enough, and always different."""
     names: dict[str, str] = {}
-    models = frame.groupby("section", sort=False)["model"].first()
+    models = {section: str(rows["model"].iloc[0]) for section, rows in sections(frame)}
     for section, model in models.items():
-        alone = (models == model).sum() == 1
+        alone = list(models.values()).count(model) == 1
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model if alone else section).strip("-.")[:80] or "model"
         same = sum(name == stem or name.startswith(f"{stem}--") for name in names.values())
         names[section] = f"{stem}--{same + 1}" if same else stem
@@ -106,7 +113,7 @@ def slugs(frame: pd.DataFrame) -> dict[str, str]:
 def _row(record: Record) -> dict[str, Any]:
     cell, method = record.cell, record.cell["method"]["name"]
     reference, budget = method == style.REFERENCE, cell["budget"]
-    nominal = record.result.get("effective_bits") if reference else budget.get("bits") or budget["effective_bits"]
+    bound = record.result if reference else budget
     return {
         "model": record.labels["model"],
         "data": record.labels["data"],
@@ -114,7 +121,7 @@ def _row(record: Record) -> dict[str, Any]:
         "method_name": method,
         "budget": "–" if reference else record.labels["budget"],
         "seed": cell["seed"],
-        "nominal_bits": nominal,
+        "nominal_bits": bound.get("bits") or bound.get("effective_bits"),
         "reference": reference,
         "status": record.status,
         "reason": record.reason,
@@ -135,10 +142,12 @@ def _settings(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def _latest(frame: pd.DataFrame) -> pd.DataFrame:
-    """The latest record of each cell; of the reference, which no budget or seed changes, the latest that is done."""
+    """The latest record of each cell; of the reference, which no budget or seed changes, the latest done."""
     identity = ["model", "data", "settings", "method", "budget"]
     age = frame.assign(done=frame["status"] == DONE).sort_values(["created", "key"])
-    reference = age[age["reference"]].sort_values("done", kind="stable").drop_duplicates(identity, keep="last")
+    reference = (
+        age[age["reference"]].sort_values("done", kind="stable").drop_duplicates(identity, keep="last")
+    )
     others = age[~age["reference"]].drop_duplicates([*identity, "seed"], keep="last")
     return pd.concat([reference, others], ignore_index=True).drop(columns="done")
 
@@ -154,21 +163,22 @@ def _section_labels(frame: pd.DataFrame) -> pd.Series:
             differing = ", ".join(f"{name}={value}" for name, value in values.items())
             labels[model, data, key] = f"{model} on {data}" + (f" with {differing}" if differing else "")
     return pd.Series(
-        [labels[row] for row in frame[["model", "data", "settings"]].itertuples(index=False, name=None)], frame.index
+        [labels[row] for row in frame[["model", "data", "settings"]].itertuples(index=False, name=None)],
+        frame.index,
     )
 
 
 def _not_run(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """Rows for the methods and budgets of a section that were not combined."""
     for _, rows in sections(frame[~frame["reference"]]):
-        run = set(zip(rows["method"], rows["budget"], strict=True))
-        methods = rows.drop_duplicates("method")[["method", "method_name"]].itertuples(index=False, name=None)
-        budgets = rows.drop_duplicates("budget")[["budget", "nominal_bits"]].itertuples(index=False, name=None)
-        missing = [(*m, *b) for m, b in product(methods, list(budgets)) if (m[0], b[0]) not in run]
-        same = rows.iloc[0][["section", "model", "data", "settings"]].to_dict()
-        if missing:
-            blank = pd.DataFrame(missing, columns=["method", "method_name", "budget", "nominal_bits"])
-            yield blank.assign(**same, reference=False, status=NOT_RUN, nll=None, layers=None)
+        shared = rows[["section", "model", "data", "settings"]].iloc[:1]
+        methods = rows[["method", "method_name"]].drop_duplicates("method")
+        budgets = rows[["budget", "nominal_bits"]].drop_duplicates("budget")
+        pairs = shared.merge(methods, how="cross").merge(budgets, how="cross")
+        pairs = pairs.merge(rows[["method", "budget"]], how="left", indicator="record")
+        blank = pairs[pairs["record"] == "left_only"].drop(columns="record")
+        if len(blank):
+            yield blank.assign(reference=False, status=NOT_RUN)
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
@@ -180,34 +190,33 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
 def _differences(frame: pd.DataFrame) -> pd.DataFrame:
     """Every row against its section's reference; rows that cannot be compared stay blank."""
     found = pd.DataFrame(np.nan, frame.index, list(DIFFERENCE))
-    for _, rows in sections(frame):
-        for reference in rows.index[rows["reference"] & (rows["status"] == DONE)]:
-            for row in rows.index[~rows["reference"] & (rows["status"] == DONE)]:
-                if _comparable(rows.loc[row], rows.loc[reference]):
-                    nll = _difference(rows, row, reference)
-                    found.loc[row] = [*nll, *(rows.at[reference, "perplexity"] * np.expm1(nll))]
+    for _, rows in sections(frame[frame["status"] == DONE]):
+        for _, reference in rows[rows["reference"]].iterrows():
+            for index, row in rows[~rows["reference"]].iterrows():
+                if _comparable(row, reference):
+                    nll = _difference(row, reference)
+                    found.loc[index] = [*nll, *(reference["perplexity"] * np.expm1(nll))]
     return found
 
 
 def _standings(frame: pd.DataFrame) -> pd.Series:
     """Who is best in each block, and who cannot be told from the best. One cell alone is neither."""
-    standing = pd.Series("", frame.index, name="standing")
+    standing: dict[Any, str] = {}
     contenders = frame[~frame["reference"] & (frame["status"] == DONE)]
     for _, block in contenders.groupby(["section", "budget"]):
-        best = block["perplexity"].idxmin()
-        rivals = [i for i in block.index.drop(best) if _comparable(block.loc[i], block.loc[best])]
-        if not rivals:
-            continue
-        standing[best] = BEST
+        best, *others = [row for _, row in block.sort_values("perplexity", kind="stable").iterrows()]
+        rivals = [row for row in others if _comparable(row, best)]
+        if rivals:
+            standing[best.name] = BEST
         for rival in rivals:
-            _, low, _ = _difference(block, rival, best)
-            standing[rival] = TIED if low <= 0 else ""
-    return standing
+            _, low, _ = _difference(rival, best)
+            standing[rival.name] = TIED if low <= 0 else ""
+    return pd.Series([standing.get(index, "") for index in frame.index], frame.index, name="standing")
 
 
-def _difference(rows: pd.DataFrame, row: int, other: int) -> np.ndarray:
+def _difference(row: pd.Series, other: pd.Series) -> np.ndarray:
     """Mean NLL of `row` minus that of `other`, and the ends of the paired interval."""
-    estimate = paired_difference(rows.at[row, "nll"], rows.at[other, "nll"])
+    estimate = paired_difference(row["nll"], other["nll"])
     return np.array([estimate.value, estimate.low, estimate.high])
 
 

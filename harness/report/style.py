@@ -1,25 +1,26 @@
-"""How things look: the same color, marker and line for a method in every figure, the same order in every table."""
+"""How things look: a method has one color, marker and line in every figure, and one place in every table."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 REFERENCE = "fp16"
 """The method that changes nothing: the row that all others are compared with."""
 
 SEATS = ("rtn", "gptq", "awq", "hawq_v1", "hawq_v2")
-"""Methods whose place in tables, and so whose color, is fixed; append only. Others follow in order of name."""
+"""Methods whose place in tables, and so color, is fixed; append only. Others follow by name."""
 
-# Okabe and Ito's colors, which color-blind readers tell apart; without black (the reference) and the yellow that
-# print loses. Seven markers and six colors share no factor, so that 42 methods look different in color print.
+# Okabe and Ito's colors, which color-blind readers tell apart; without black (the reference) and the yellow
+# that print loses. Seven markers and six colors share no factor, so that 42 methods look different.
 COLORS = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 VARIANT_MARKERS = ("*", "h", "<", ">", "p", "d", "8")
-DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+DASHES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
-FIGURE = {
+FIGURE: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
@@ -48,7 +49,8 @@ class Look:
     color: str
     marker: str
     filled: bool = True
-    line: str | tuple[int, tuple[int, ...]] = "-"
+    line: Any = "-"
+    """As matplotlib names line styles."""
 
 
 def rank(method: str) -> tuple[int, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from harness.records import DONE, FAILED, SKIPPED
 from harness.report import frame as frames
-from harness.report.tables import COLUMNS, PERPLEXITY, Display, display
+from harness.report.display import COLUMNS, PERPLEXITY, Display, display
 
 STYLES = {frames.BEST: "bold green", frames.TIED: "bold"}
 
@@ -26,17 +26,18 @@ def show(frame: pd.DataFrame, console: Console) -> None:
 
 
 def _table(shown: Display) -> Table:
-    table = Table(title=Text(shown.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    numeric = len(COLUMNS)
+    title = Text(shown.title, style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    keys = shown.cells.shape[1] - len(COLUMNS)
     for i, head in enumerate(shown.cells.columns):
-        right = i >= shown.cells.shape[1] - numeric
-        table.add_column(head, justify="right" if right else "left", no_wrap=head != "Method", overflow="fold")
+        justify: JustifyMethod = "left" if i < keys else "right"
+        table.add_column(head, justify=justify, no_wrap=head != "Method", overflow="fold")
     budgets = shown.cells["Budget"]
-    for i, (_, row) in enumerate(shown.cells.iterrows()):
-        first = i == 0 or budgets[i] != budgets[i - 1]
-        last = i + 1 == len(budgets) or budgets[i] != budgets[i + 1]
-        row["Budget"] = row["Budget"] if first else ""
-        table.add_row(*(_cell(head, text, shown.standing[i]) for head, text in row.items()), end_section=last)
+    first, last = budgets != budgets.shift(), budgets != budgets.shift(-1)
+    cells = shown.cells.assign(Budget=budgets.where(first, ""))
+    for i, row in enumerate(cells.to_dict("records")):
+        texts = [_cell(head, text, shown.standing[i]) for head, text in row.items()]
+        table.add_row(*texts, end_section=bool(last[i]))
     return table
 
 

@@ -80,4 +80,5 @@ def measure(metric: Metric, ctx: Context) -> Sensitivity:
         generator = torch.Generator().manual_seed(seed)
         return metric(ctx.network, ctx.scoring, generator).tensors()
 
+    compute.__module__ = type(metric).__module__  # whose code determines the result
     return Sensitivity.from_tensors(ctx.memo(metric.name, {**asdict(metric), "seed": seed}, compute))

@@ -52,8 +52,10 @@ class TopEigenvalue(Metric):
                 values[name], iterations, converged = self._iterate(product, name, start)
                 passes += iterations
                 unconverged += not converged
-        if unconverged:
-            log.info("%d of %d top eigenvalues did not converge", unconverged, len(values))
+        negative = sum(value < 0 for value in values.values())
+        log.info(
+            "top eigenvalues: %d linears, %d negative, %d unconverged", len(values), negative, unconverged
+        )
         return Sensitivity(values, dict.fromkeys(values, 0.0), perf_counter() - started, passes)
 
     def _iterate(self, product: Product, linear: str, vector: Tensor) -> tuple[float, int, bool]:

@@ -43,9 +43,9 @@ class Hutchinson(Metric):
         context: tokens used of each sequence, from its beginning.
     """
 
-    tolerance: float = 0.1
-    max_probes: int = 64
-    context: int = 256
+    tolerance: float = 0.15
+    max_probes: int = 32
+    context: int = 128
 
     def __post_init__(self) -> None:
         if self.tolerance < 0 or self.max_probes < 2:
@@ -103,5 +103,4 @@ def _report(traces: Mapping[str, float], unfinished: list[str]) -> None:
         log.warning(
             "%d of %d Hessian traces are negative: %s", len(negative), len(traces), ", ".join(negative)
         )
-    if unfinished:
-        log.info("%d of %d Hessian traces ran out of probes", len(unfinished), len(traces))
+    log.info("Hessian traces: %d linears, %d out of probes", len(traces), len(unfinished))

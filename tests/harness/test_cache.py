@@ -14,7 +14,11 @@ class Counted:
 
     def __call__(self) -> dict[str, torch.Tensor]:
         self.calls += 1
-        return {"gram": torch.arange(6.0).view(2, 3).t(), "count": torch.tensor(3), "half": torch.ones(2).half()}
+        return {
+            "gram": torch.arange(6.0).view(2, 3).t(),
+            "count": torch.tensor(3),
+            "half": torch.ones(2).half(),
+        }
 
 
 def test_the_second_call_finds_the_first_result(tmp_path):

@@ -96,7 +96,10 @@ def test_bad_values_are_refused_with_the_remedy(overrides, message):
     ("arguments", "message"),
     [
         (["method=gptqq"], "unknown method 'gptqq': did you mean gptq?"),
-        (["method=gptq", "method.act_oder=true"], "unknown option 'method.act_oder': did you mean act_order?"),
+        (
+            ["method=gptq", "method.act_oder=true"],
+            "unknown option 'method.act_oder': did you mean act_order?",
+        ),
         (["methd=gptq"], "unknown option 'methd': did you mean method?"),
         (["budget=w9g128"], "unknown budget 'w9g128': did you mean"),
         (["method=gptq", "method.damping=abc"], "method.damping=abc"),

@@ -42,8 +42,8 @@ def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
 
 
 def textbook(weight: Tensor, gram: Tensor, fmt: Integer, refit: bool) -> tuple[Tensor, Tensor, float]:
-    """Optimal brain quantization in a fixed column order: after each column, its exact compensation by all later
-    columns, and elimination from the explicit inverse. Returns codes, weights, and the sum of squared errors."""
+    """Optimal brain quantization in a fixed column order: after each column, exact compensation by all later
+    columns, and elimination from the explicit inverse. Returns codes, weights, and the squared errors' sum."""
     current, inverse = weight.double(), torch.linalg.inv(damped(gram))
     columns = weight.shape[1]
     size = fmt.columns_per_group(columns)
