@@ -135,9 +135,7 @@ class GroupStatistics:
 
     def __call__(self, stat: Stat, linear: str) -> Tensor:
         if stat not in self.collected:
-            raise KeyError(
-                f"{stat.value} was not collected; a method lists the statistics it reads in `needs`"
-            )
+            raise KeyError(f"{stat.value} was not collected; a method lists the statistics it reads in `needs`")
         return self.collected[stat][self.network.group_of[linear].name]
 
 

@@ -36,9 +36,7 @@ def locate(path: str) -> Path:
             f"model.path={path} is not a directory; name one with config.json, safetensors and a tokenizer"
         )
     if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"model.path={path} has no config.json; name the directory of a Hugging Face checkpoint"
-        )
+        raise ValueError(f"model.path={path} has no config.json; name the directory of a Hugging Face checkpoint")
     return directory
 
 

@@ -9,34 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import combinations
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from harness import corpus
+from harness.sources import SOURCES, SPLITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
-
-SPLITS = ("test", "scoring", "calibration")
-TINY_FACTS = Path(__file__).parent / "assets" / "tiny" / "training.json"
-# First bucket out of 100 that no longer belongs to the split, for files that come without splits of their own.
-FILE_SPLIT_ENDS = {"test": 45, "scoring": 55, "calibration": 100}
-# Documents of a C4 shard that are read: about 2 M tokens, many times what calibration takes.
-C4_DOCUMENTS = 4000
-
-Documents = dict[str, list[str]]
-"""Split to its documents."""
 
 
 @dataclass
@@ -58,9 +43,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.length < 2:
-            raise ValueError(
-                f"data.length={self.length} leaves no token to predict; take 2 or more, such as 512"
-            )
+            raise ValueError(f"data.length={self.length} leaves no token to predict; take 2 or more, such as 512")
         for option in ("calibration_sequences", "scoring_sequences"):
             if getattr(self, option) < 1:
                 raise ValueError(f"data.{option}={getattr(self, option)} is not positive; take 1 or more")
@@ -118,9 +101,7 @@ def check_disjoint(texts: Texts) -> None:
     hashes = {split: {_sha256(d) for d in documents} for split, documents in vars(texts).items()}
     for one, other in combinations(hashes, 2):
         if shared := len(hashes[one] & hashes[other]):
-            raise ValueError(
-                f"{one} and {other} text share {shared} documents; leave each in one of them only"
-            )
+            raise ValueError(f"{one} and {other} text share {shared} documents; leave each in one of them only")
 
 
 def windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, config: DataConfig, context: int) -> Windows:
@@ -137,7 +118,7 @@ def windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, config: DataConfig
     """
     if config.length > context:
         raise ValueError(
-            f"data.length={config.length} is longer than the model's context; set data.length={context} or less"
+            f"data.length={config.length} is longer than the model's context, so set data.length={context} or less"
         )
     check_disjoint(texts)
     calibration, scoring, test = (
@@ -145,9 +126,7 @@ def windows(texts: Texts, tokenizer: PreTrainedTokenizerBase, config: DataConfig
     )
     count = config.test_sequences or len(test)
     test = test[torch.arange(count) * len(test) // count]
-    decoded = tokenizer.batch_decode(
-        test[:, 1:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    decoded = tokenizer.batch_decode(test[:, 1:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Windows(
         _draw(calibration, config.calibration_sequences, config.seed),
         _draw(scoring, config.scoring_sequences, config.seed),
@@ -160,9 +139,7 @@ def _draw(rows: Tensor, count: int, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def _cut(
-    split: str, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> Tensor:
+def _cut(split: str, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Tensor:
     """All windows of the split, in order: int64 [windows, length]; the tail is dropped."""
     tokens = torch.tensor(list(_tokens(documents, tokenizer)), dtype=torch.int64)
     option = f"{split}_sequences"
@@ -199,111 +176,5 @@ def _load(name: str, path: str | None) -> Texts:
     return Texts(**{split: tuple(d for d, s in owner.items() if s == split) for split in SPLITS})
 
 
-def _pydocs(path: str | None) -> Documents:
-    _refuse(path, "pydocs")
-    documents = corpus.core_documents()
-    recorded = json.loads(TINY_FACTS.read_text())
-    if corpus.digest(documents) != recorded["core_sha256"]:
-        log.warning(
-            "the standard library of this Python %s differs from that of Python %s, with which published numbers "
-            "were computed: perplexities on data=pydocs are not comparable with them",
-            corpus.python_version(),
-            recorded["python"],
-        )
-    return {split: [d.text for d in documents if d.split == split] for split in SPLITS}
-
-
-def _text(path: str | None) -> Documents:
-    if path is None:
-        raise ValueError("data=text needs data.path=FILE, a .txt or .jsonl file")
-    file = Path(path)
-    if file.suffix not in READERS:
-        raise ValueError(f"data.path={path} is neither .txt nor .jsonl; convert it to one of them")
-    if not file.is_file():
-        raise ValueError(f"data.path={path} does not exist; name an existing .txt or .jsonl file")
-    try:
-        content = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data.path={path} is not UTF-8; convert it") from error
-    splits: Documents = {split: [] for split in SPLITS}
-    for document in READERS[file.suffix](content, path):
-        bucket = int(_sha256(document)[:8], 16) % 100
-        splits[next(split for split, end in FILE_SPLIT_ENDS.items() if bucket < end)].append(document)
-    return splits
-
-
-def _paragraphs(content: str, path: str) -> Iterator[str]:
-    del path
-    return (paragraph.strip() for paragraph in re.split(r"\n\s*\n", content) if paragraph.strip())
-
-
-def _json_lines(content: str, path: str) -> Iterator[str]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"].strip()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f'line {number} of {path} is not a JSON object with a string "text"; correct or remove it'
-            ) from error
-        if text:
-            yield text
-
-
-def _wikitext2(path: str | None) -> Documents:
-    """The protocol of GPTQ (Frantar et al. 2023): lines joined with two newlines and tokenized as one document."""
-    _refuse(path, "wikitext2")
-    official = {"test": "test", "scoring": "validation", "calibration": "train"}
-    return {
-        split: ["\n\n".join(_hub("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", split=theirs))]
-        for split, theirs in official.items()
-    }
-
-
-def _c4(path: str | None) -> Documents:
-    """Test text from the first validation shard, the rest from the first training shard."""
-    _refuse(path, "c4")
-    shards = {
-        split: f"en/c4-{split}.00000-of-{n:05d}.json.gz" for split, n in (("train", 1024), ("validation", 8))
-    }
-    train, validation = (
-        _hub("c4", "allenai/c4", data_files={split: shard}, split=f"{split}[:{C4_DOCUMENTS}]")
-        for split, shard in shards.items()
-    )
-    return {
-        "test": validation,
-        "scoring": train[::8],
-        "calibration": [d for i, d in enumerate(train) if i % 8],
-    }
-
-
-def _hub(name: str, *args: Any, **options: Any) -> list[str]:
-    """The texts of a data set of the Hugging Face hub, or of its local cache."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(*args, **options)["text"][:]
-    except OSError as error:
-        raise ValueError(
-            f"data={name} is neither cached nor reachable ({error}); take data=pydocs, which is embedded, or "
-            "data=text data.path=FILE"
-        ) from error
-
-
-def _refuse(path: str | None, name: str) -> None:
-    if path is not None:
-        raise ValueError(f"data.path={path} has no meaning for data={name}; use data=text to read a file")
-
-
 def _sha256(document: str) -> str:
     return hashlib.sha256(document.encode()).hexdigest()
-
-
-SOURCES: dict[str, Callable[[str | None], Documents]] = {
-    "pydocs": _pydocs,
-    "text": _text,
-    "wikitext2": _wikitext2,
-    "c4": _c4,
-}
-READERS: dict[str, Callable[[str, str], Iterator[str]]] = {".txt": _paragraphs, ".jsonl": _json_lines}

@@ -117,9 +117,7 @@ def evaluate(
     """
     count, length = tokens.shape
     if reference is not None and reference.shape[:2] != (count, length - 1):
-        raise ValueError(
-            f"a reference of shape {list(reference.shape)} is not of {count} windows of {length} tokens"
-        )
+        raise ValueError(f"a reference of shape {list(reference.shape)} is not of {count} windows of {length} tokens")
     nll, kl, agreement = [], [], []
     for index, log_q in enumerate(_log_probabilities(network, tokens, batch, track)):
         targets = tokens[index, 1:].to(log_q.device)
@@ -144,9 +142,7 @@ def interval(values: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
     """The mean and its 95 % percentile bootstrap interval (Efron & Tibshirani 1993, section 13.3)."""
     sample = np.asarray(values, dtype=np.float64)
     if len(sample) < 2:
-        raise ValueError(
-            f"{len(sample)} window gives no interval; set data.test_sequences to 2 or more, or 0 for all"
-        )
+        raise ValueError(f"{len(sample)} window gives no interval; set data.test_sequences to 2 or more, or 0 for all")
     rows = np.random.default_rng(0).integers(len(sample), size=(resamples, len(sample)))
     low, high = np.quantile(sample[rows].mean(axis=1), [0.025, 0.975])
     return Estimate(float(sample.mean()), float(low), float(high))

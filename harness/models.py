@@ -132,9 +132,7 @@ def _pretrained(directory: Path, config: ModelConfig) -> tuple[PretrainedConfig,
     transformers.logging.set_verbosity_error()  # what matters of its warnings is checked here
     transformers.logging.disable_progress_bar()
     weights = checkpoints.weight_files(directory, config.allow_pickle)
-    with _one_sentence(
-        f"transformers {transformers.__version__} cannot read {directory} as a causal language model"
-    ):
+    with _one_sentence(f"transformers {transformers.__version__} cannot read {directory} as a causal language model"):
         settings = _settings(directory, config)
         # The default attention is sdpa where the architecture has it, eager where not.
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(

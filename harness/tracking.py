@@ -63,9 +63,7 @@ def log_record(record: Record, *, mode: str, group: str, directory: Path, projec
     )
 
 
-def log_figures(
-    paths: Iterable[Path], *, mode: str, group: str, directory: Path, project: str = PROJECT
-) -> bool:
+def log_figures(paths: Iterable[Path], *, mode: str, group: str, directory: Path, project: str = PROJECT) -> bool:
     """Mirror what a report wrote as one run: PNGs as images, CSVs as tables; see `log_record`."""
 
     def fill(run: wandb.Run) -> None:
@@ -89,9 +87,7 @@ def log_figures(
     )
 
 
-def _mirror(
-    fill: Callable[[wandb.Run], None], *, directory: Path, exit_code: int = 0, **options: Any
-) -> bool:
+def _mirror(fill: Callable[[wandb.Run], None], *, directory: Path, exit_code: int = 0, **options: Any) -> bool:
     if options["mode"] == "disabled":
         return True
     # wandb's service would send crash reports, in offline mode too.

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from harness.cell import Cell, make_record
@@ -20,6 +20,14 @@ from harness.records import FAILED, Record, Store
 log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class End:
+    """How a task ended: with the record of this key, or for this reason without one."""
+
+    key: str | None = None
+    reason: str | None = None
 
 
 class Worker:
@@ -34,11 +42,11 @@ class Worker:
         process = self._started()
         store = Store(run.results)
         task = {"cell": cell.as_dict(), "run": asdict(run)}
-        reason = self._converse(process, task, run.time_limit * 60, listen)
-        record = None if reason else store.read(cell.key)
+        end = self._converse(process, task, run.time_limit * 60, listen)
+        # The worker names the record: its key includes the code that ran, which may be newer than this process.
+        record = store.read(end.key) if end.key else None
         if record is None:
-            reason = reason or "the worker reported success but its record cannot be read"
-            record = make_record(cell, FAILED, reason)
+            record = make_record(cell, FAILED, end.reason or "the worker's record cannot be read")
             store.write(record)
         if record.status == FAILED or not run.warm:
             self.close()
@@ -63,26 +71,24 @@ class Worker:
             threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
         return self._process
 
-    def _converse(
-        self, process: subprocess.Popen[str], task: dict[str, Any], limit: float, listen: Listener
-    ) -> str | None:
-        """Send the task and follow its events. None when it ended, else what became of the worker."""
+    def _converse(self, process: subprocess.Popen[str], task: dict[str, Any], limit: float, listen: Listener) -> End:
+        """Send the task and follow its events to the end."""
         deadline, phase = time.monotonic() + limit, "start"
         try:
             print(json.dumps(task), file=process.stdin, flush=True)
         except BrokenPipeError:
-            return f"the worker ended with code {process.wait()} before the cell began"
+            return End(reason=f"the worker ended with code {process.wait()} before the cell began")
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 self.close()
-                return f"stopped after the time limit of {limit / 60:g} minutes, in phase {phase!r}"
+                return End(reason=f"stopped after the time limit of {limit / 60:g} minutes, in phase {phase!r}")
             if not line:
-                return f"the worker ended with code {process.wait()} in phase {phase!r}"
+                return End(reason=f"the worker ended with code {process.wait()} in phase {phase!r}")
             event = json.loads(line)
             if event["event"] == "end":
-                return None
+                return End(key=event["key"])
             phase = event.get("phase", phase)
             listen(event)
 

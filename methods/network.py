@@ -166,11 +166,14 @@ def discover(model: nn.Module, vocab_size: int) -> Network:
         name = f"{prefix}.{index}"
         bare = [Group(tuple(names), None, _scope(names)) for names in trace.groups()]
         signature = _signature(layers[index], name, bare)
-        if signature not in known:
-            known[signature] = [_producer(network, group, trace, name, probe.to(device)) for group in bare]
+        producers = known.get(signature)
+        if producers is None:
+            producers = [_producer(network, group, trace, name, probe.to(device)) for group in bare]
+            if all(_matters(network, group, probe.to(device)) for group in bare):
+                known[signature] = producers
         groups = [
             Group(g.linears, None if p is None else f"{name}.{p}", g.scope)
-            for g, p in zip(bare, known[signature], strict=True)
+            for g, p in zip(bare, producers, strict=True)
         ]
         blocks.append(Block(name, tuple(groups)))
     return Network(model, tuple(blocks))
@@ -181,17 +184,16 @@ class _Trace:
     """What one forward pass showed of a block."""
 
     order: list[str] = field(default_factory=list)  # leaf modules with parameters, as executed
-    inputs: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # linear -> its input (kept alive, so that ids differ)
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # of linears; kept alive, so that addresses differ
+    versions: dict[str, int] = field(default_factory=dict)  # of the inputs, which change in place
 
     def groups(self) -> list[list[str]]:
         """Linears by the identity of their input, in execution order."""
-        by_input: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
+        by_input: dict[tuple[object, ...], list[str]] = {}
         for name in self.order:
             if name in self.inputs:
                 x = self.inputs[name]
-                by_input.setdefault((x.data_ptr(), x.shape, x.stride()), []).append(name)
+                by_input.setdefault((x.data_ptr(), x.shape, x.stride(), self.versions[name]), []).append(name)
         return list(by_input.values())
 
 
@@ -216,12 +218,13 @@ def _trace(model: nn.Module, prefix: str, count: int, probe: Tensor) -> list[_Tr
     traces = [_Trace() for _ in range(count)]
 
     def spy(trace: _Trace, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in trace.order:
                 return
             trace.order.append(name)
             if isinstance(module, nn.Linear):
-                trace.inputs[name] = args[0]
+                x = args[0] if args else kwargs["input"]
+                trace.inputs[name], trace.versions[name] = x, x._version
 
         return hook
 
@@ -229,7 +232,7 @@ def _trace(model: nn.Module, prefix: str, count: int, probe: Tensor) -> list[_Tr
     for name, module in model.named_modules():
         if name.startswith(prefix + ".") and next(module.parameters(recurse=False), None) is not None:
             index = int(name[len(prefix) + 1 :].split(".")[0])
-            handles.append(module.register_forward_pre_hook(spy(traces[index], name)))
+            handles.append(module.register_forward_pre_hook(spy(traces[index], name), with_kwargs=True))
     with hooks(handles), torch.no_grad():
         model(input_ids=probe, use_cache=False)
     return traces
@@ -261,7 +264,9 @@ def _producer(network: Network, group: Group, trace: _Trace, block: str, probe: 
     for name in reversed(earlier):
         module = network.module(name)
         sizes = {p.shape[0] for p in module.parameters(recurse=False)}
-        if sizes == {width} and name not in group.linears and _folds(network, group, name, probe):
+        if sizes != {width} or name in group.linears:
+            continue
+        if _folds(network, group, name, probe) and _matters(network, group, probe):
             return name[len(block) + 1 :]
     return None
 
@@ -269,14 +274,41 @@ def _producer(network: Network, group: Group, trace: _Trace, block: str, probe: 
 @torch.no_grad()
 def _folds(network: Network, group: Group, producer: str, probe: Tensor) -> bool:
     """Whether folding leaves the logits unchanged. Scales are powers of two, so that nothing is rounded."""
-    touched = [network.module(name) for name in (*group.linears, producer)]
-    saved = [(p, p.detach().clone()) for m in touched for p in m.parameters(recurse=False)]
-    width = network.linear(group.name).in_features
-    generator = torch.Generator().manual_seed(1)
-    scale = 2.0 ** torch.randint(-1, 2, (width,), generator=generator).to(probe.device)
     before = network.logits(probe).float()
-    network.fold(Group(group.linears, producer, group.scope), scale)
-    after = network.logits(probe).float()
-    for parameter, value in saved:
-        parameter.copy_(value)
-    return bool((after - before).abs().max() <= 1e-4 * before.abs().max())
+    with _restored(network, (*group.linears, producer)):
+        network.fold(Group(group.linears, producer, group.scope), _trial_scale(network, group))
+        return _close(network.logits(probe).float(), before)
+
+
+@torch.no_grad()
+def _matters(network: Network, group: Group, probe: Tensor) -> bool:
+    """Whether the logits notice a scale that is folded into nothing. Where they do not (the linears are zero, or a
+    later one is), every operator would seem to be a producer."""
+    before = network.logits(probe).float()
+    with _restored(network, group.linears):
+        for name in group.linears:
+            network.overwrite(name, network.weight(name) * _trial_scale(network, group))
+        return not _close(network.logits(probe).float(), before)
+
+
+def _trial_scale(network: Network, group: Group) -> Tensor:
+    """Powers of two, so that nothing is rounded: [in]."""
+    linear = network.linear(group.name)
+    exponents = torch.randint(-1, 2, (linear.in_features,), generator=torch.Generator().manual_seed(1))
+    return (2.0**exponents).to(linear.weight.device)
+
+
+def _close(logits: Tensor, others: Tensor) -> bool:
+    return bool((logits - others).abs().max() <= 1e-4 * others.abs().max())
+
+
+@contextmanager
+def _restored(network: Network, modules: Sequence[str]) -> Iterator[None]:
+    """Undo changes to the modules' own parameters at the end."""
+    parameters = [p for name in modules for p in network.module(name).parameters(recurse=False)]
+    saved = [p.detach().clone() for p in parameters]
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, saved, strict=True):
+            parameter.copy_(value)

@@ -78,7 +78,7 @@ def _statistics(network: Network, tokens: Tensor) -> Callable[[Stat, str], Tenso
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, args: inputs.__setitem__(name, args[0].flatten(0, -2))  # noqa: ARG005
+        return lambda module, args: inputs.__setitem__(name, args[0].flatten(0, -2))
 
     with hooks([network.linear(n).register_forward_pre_hook(keep(n)) for n in network.linears]):
         network.logits(tokens)

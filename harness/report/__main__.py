@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
 from harness.records import Store
-from harness.report import report
+from harness.report import report, terminal
 
 
 @dataclass
@@ -39,7 +39,7 @@ ConfigStore.instance().store(name="report", node=NO_TRACES)
 @hydra.main(version_base="1.3", config_path=None, config_name="report")
 def main(config: ReportConfig) -> None:
     """Status 0 also when cells failed: the sweep's own status says so."""
-    console = Console()
+    console = Console(width=max(terminal.WIDTH, Console().width))  # a narrow window wraps; no number is cut
     records = Store(config.records).all()
     if not records:
         raise SystemExit(f"{config.records} holds no records; run a sweep first: python -m harness -m --help")

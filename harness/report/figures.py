@@ -31,7 +31,6 @@ NARROW, WIDE = 8, 300
 ASIDE = 0.011
 """Methods at equal bits are drawn apart by this share of the bits, so that their bars can be told apart."""
 INK = "#222222"
-PAIRED_BARS = "bars: 95 % interval of the paired difference from fp16; band: 95 % interval of fp16 itself"
 PLAIN_BARS = "bars: 95 % interval"
 MOST_NUMBERS = 72
 """Columns of the heat strip that still have room for numbers."""
@@ -78,9 +77,7 @@ def pareto(title: str, done: pd.DataFrame, looks: dict[str, Look]) -> Figure | N
     for axis in axes:
         _lines(axis, shown, looks)
         _reference_line(axis, reference)
-    note = (
-        "bars: 95 % interval of the difference from fp16, paired over sequences; band: 95 % interval of fp16"
-    )
+    note = "bars: 95 % interval of the paired difference from fp16; band: 95 % interval of fp16 itself"
     _finish(figure, axes, title, "perplexity per token (log scale)", note if len(reference) else PLAIN_BARS)
     return figure
 
@@ -119,9 +116,7 @@ def _panels(shown: pd.DataFrame, base: float) -> tuple[Figure, list[Axes]]:
     if values[-1] <= FAR * values[0]:
         figure = Figure(figsize=(7.5, 4.2))
         axes = [figure.add_subplot()]
-        axes[0].set_ylim(
-            min(values[0], shown["low"].min()) / 1.01, max(values[-1], shown["high"].max()) * 1.01
-        )
+        axes[0].set_ylim(min(values[0], shown["low"].min()) / 1.01, max(values[-1], shown["high"].max()) * 1.01)
     else:
         figure = Figure(figsize=(7.5, 5.2))
         gap = np.argmax(np.where(near, np.diff(np.log(values)), -1))
@@ -196,7 +191,7 @@ def _plain_log_ticks(axis: Axes) -> None:
     """A few round numbers over a narrow range, 1, 2, 5, 10 … over a wider one; never powers of ten."""
     low, high = axis.get_ylim()
     wide = LogLocator(subs=(1, 2, 5)) if high < WIDE * low else LogLocator(numticks=6)
-    axis.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]) if high < NARROW * low else wide)
+    axis.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]) if high < NARROW * low else wide)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.yaxis.set_minor_locator(NullLocator())
 
@@ -209,9 +204,7 @@ def bits(title: str, done: pd.DataFrame, looks: dict[str, Look]) -> Figure | Non
         return None
     widths = [{layer["name"]: layer["bits"] for layer in layers} for layers in mixed["layers"]]
     types = by_type(list(widths[0]))
-    grids = {
-        kind: np.array([[row[name] for name in names] for row in widths]) for kind, names in types.items()
-    }
+    grids = {kind: np.array([[row[name] for name in names] for row in widths]) for kind, names in types.items()}
     count = len(widths[0])
     figure = Figure(figsize=(min(3 + max(0.2 * count, 0.8 * len(types)), 16), 1.3 + 0.3 * len(mixed)))
     axis = figure.add_subplot()

@@ -53,10 +53,7 @@ def metrics(record: Record) -> dict[str, Any]:
     flat: dict[str, Any] = dict.fromkeys(NUMERIC)
     for name in INTERVALS:
         interval = record.result.get(name) or {}
-        flat |= {
-            f"{name}{end}": interval.get(key)
-            for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
-        }
+        flat |= {f"{name}{end}": interval.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
     flat |= {name: record.result.get(name) for name in NUMBERS}
     flat |= {f"seconds_{phase}": record.cost.get("seconds", {}).get(phase) for phase in PHASES}
     flat["peak_bytes"] = record.cost.get("peak_bytes")
@@ -79,9 +76,7 @@ def build(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = [_row(record) for record in records]
     if not rows:
-        raise ValueError(
-            "there are no records to report; run a cell or a sweep first: python -m harness --help"
-        )
+        raise ValueError("there are no records to report; run a cell or a sweep first: python -m harness --help")
     frame = _latest(pd.DataFrame(rows))
     frame["section"] = _section_labels(frame)
     frame = pd.concat([frame, *_not_run(frame)], ignore_index=True)
@@ -145,9 +140,7 @@ def _latest(frame: pd.DataFrame) -> pd.DataFrame:
     """The latest record of each cell; of the reference, which no budget or seed changes, the latest done."""
     identity = ["model", "data", "settings", "method", "budget"]
     age = frame.assign(done=frame["status"] == DONE).sort_values(["created", "key"])
-    reference = (
-        age[age["reference"]].sort_values("done", kind="stable").drop_duplicates(identity, keep="last")
-    )
+    reference = age[age["reference"]].sort_values("done", kind="stable").drop_duplicates(identity, keep="last")
     others = age[~age["reference"]].drop_duplicates([*identity, "seed"], keep="last")
     return pd.concat([reference, others], ignore_index=True).drop(columns="done")
 

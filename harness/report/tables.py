@@ -67,8 +67,7 @@ def markdown(displays: list[Display], made: str) -> str:
     for shown in displays:
         cells = shown.cells.map(_markdown_text)
         cells[PERPLEXITY] = [
-            MARKED[standing].format(text)
-            for text, standing in zip(cells[PERPLEXITY], shown.standing, strict=True)
+            MARKED[standing].format(text) for text, standing in zip(cells[PERPLEXITY], shown.standing, strict=True)
         ]
         parts += [f"## {_markdown_text(shown.title)}", _pipe_table(cells)]
         parts += [f"({i}) {_markdown_text(note.text)}" for i, note in enumerate(shown.notes, 1)]
@@ -127,9 +126,7 @@ def _tabular(shown: Display) -> str:
     cells.columns = pd.MultiIndex.from_product([[_printable(shown.title)], cells.columns])
     cells = cells.map(_printable).rename(index=_printable)
     bold, underline = "textbf:--rwrap;", "underline:--rwrap;"
-    marks = [
-        {frames.BEST: bold, frames.TIED: bold + underline}.get(standing, "") for standing in shown.standing
-    ]
+    marks = [{frames.BEST: bold, frames.TIED: bold + underline}.get(standing, "") for standing in shown.standing]
     text = (
         _escaped(cells)
         .apply(lambda _: marks, subset=[name for name in cells.columns if name[-1] == PERPLEXITY])
@@ -166,6 +163,4 @@ def _notes(notes: list[Note]) -> str:
 
 
 def _printable(text: str) -> str:
-    return "".join(
-        c if (c.isprintable() and ord(c) < 256) or ord(c) in SIGNS else f"U+{ord(c):04X}" for c in text
-    )
+    return "".join(c if (c.isprintable() and ord(c) < 256) or ord(c) in SIGNS else f"U+{ord(c):04X}" for c in text)

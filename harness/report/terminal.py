@@ -12,11 +12,13 @@ from harness.records import DONE, FAILED, SKIPPED
 from harness.report import frame as frames
 from harness.report.display import COLUMNS, PERPLEXITY, Display, display
 
+WIDTH = 120
+"""Characters that the table needs."""
 STYLES = {frames.BEST: "bold green", frames.TIED: "bold"}
 
 
 def show(frame: pd.DataFrame, console: Console) -> None:
-    """Print every section; it fits 120 columns."""
+    """Print every section, in `WIDTH` columns."""
     for title, rows in frames.sections(frame):
         shown = display(title, rows)
         console.print(_table(shown), end="\n")

@@ -42,9 +42,7 @@ def test_local_and_hub_from_the_command_line() -> None:
 def test_tiny_and_its_outliers_are_one_function() -> None:
     plain, planted = (load(compose_model(f"+model={name}")) for name in ("tiny", "tiny_outliers"))
     tokens = torch.randint(plain.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        planted.network.logits(tokens), plain.network.logits(tokens), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(planted.network.logits(tokens), plain.network.logits(tokens), rtol=0, atol=1e-4)
     name = plain.network.linears[0]
     assert not torch.equal(planted.network.weight(name), plain.network.weight(name))
     assert planted.digest != plain.digest

@@ -52,7 +52,7 @@ def inputs(network: Network, tokens: Tensor) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def capture(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.update({name: args[0].flatten(0, 1).float()})
+        return lambda _, args: seen.update({name: args[0].flatten(0, 1).float()})
 
     with (
         hooks([network.linear(n).register_forward_pre_hook(capture(n)) for n in network.linears]),
@@ -72,9 +72,7 @@ def test_statistics_are_those_of_each_linears_input(network: Network, tokens: Te
 def test_batch_size_does_not_matter(network: Network, tokens: Tensor) -> None:
     whole = collect(network, tokens, ALL, batch_size=7)
     for size in (1, 3):
-        torch.testing.assert_close(
-            collect(network, tokens, ALL, batch_size=size), whole, rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(collect(network, tokens, ALL, batch_size=size), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_linears_with_one_input_share_one_tensor(network: Network, tokens: Tensor) -> None:

@@ -48,25 +48,19 @@ def test_locate(directory: Path) -> None:
 
 def test_missing_directory(tmp_path: Path) -> None:
     for path in (tmp_path / "absent", "package:absent"):
-        with pytest.raises(
-            ValueError, match=r"model\.path=.*absent is not a directory; name one with config\.json"
-        ):
+        with pytest.raises(ValueError, match=r"model\.path=.*absent is not a directory; name one with config\.json"):
             checkpoints.locate(str(path))
 
 
 def test_directory_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"has no config\.json; name the directory of a Hugging Face checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"has no config\.json; name the directory of a Hugging Face checkpoint"):
         checkpoints.locate(str(tmp_path))
 
 
 def test_no_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     for allow_pickle in (False, True):
-        with pytest.raises(
-            ValueError, match=r"neither model\.safetensors nor .*; save the weights as safetensors"
-        ):
+        with pytest.raises(ValueError, match=r"neither model\.safetensors nor .*; save the weights as safetensors"):
             checkpoints.weight_files(directory, allow_pickle)
 
 
@@ -125,9 +119,7 @@ def test_cached_model_needs_no_hub(cache: Path) -> None:
 
 def test_offline_and_not_cached(cache: Path) -> None:
     del cache
-    with pytest.raises(
-        ValueError, match=r"some/model is not in the local cache.*HF_HUB_OFFLINE.*model=tiny$"
-    ):
+    with pytest.raises(ValueError, match=r"some/model is not in the local cache.*HF_HUB_OFFLINE.*model=tiny$"):
         checkpoints.download("some/model", None, allow_pickle=False)
 
 
@@ -155,9 +147,7 @@ def test_hub_out_of_reach(error: Exception, monkeypatch: pytest.MonkeyPatch) -> 
         (errors.RevisionNotFoundError, r"the hub has no model 'some/model' at revision v9"),
     ],
 )
-def test_hub_refuses(
-    kind: type[errors.HfHubHTTPError], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_refuses(kind: type[errors.HfHubHTTPError], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, kind("no", response=httpx.Response(404, request=httpx.Request("GET", "https://hub"))))
     with pytest.raises(ValueError, match=message):
         checkpoints.download("some/model", "v9", allow_pickle=False)

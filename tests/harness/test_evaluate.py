@@ -1,6 +1,7 @@
 """Perplexity, KL and intervals against closed forms."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,9 +56,7 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary(tokens: Tensor) -> None
 
 def test_nll_is_of_the_next_token(tokens: Tensor) -> None:
     log_p = random_table(1).log_softmax(-1)
-    expected = [
-        -np.mean([log_p[a, b].item() for a, b in zip(row[:-1], row[1:], strict=True)]) for row in tokens
-    ]
+    expected = [-np.mean([log_p[a, b].item() for a, b in pairwise(row)]) for row in tokens]
     result = evaluate(bigram(random_table(1)), tokens)
     assert result.nll == pytest.approx(expected, rel=1e-5)
     assert result.ppl_token.value == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)

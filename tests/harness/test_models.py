@@ -50,12 +50,8 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(
-        ["a small vocabulary of a few dozen tokens is all that is needed here"], trainer
-    )
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
-        directory
-    )
+    tokenizer.train_from_iterator(["a small vocabulary of a few dozen tokens is all that is needed here"], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(directory)
 
 
 def save(config: transformers.PretrainedConfig, directory: Path, **options: Any) -> Path:
@@ -156,9 +152,7 @@ def test_sharded_checkpoint(checkpoints: dict[str, Path], tmp_path: Path, tokens
     whole = load(local(checkpoints["llama"])).network.logits(tokens)
     assert torch.equal(load(local(directory)).network.logits(tokens), whole)
     before = weights_digest(local(directory))
-    edit_weights(
-        shards[1].rename(directory / "model.safetensors").parent, lambda w: [t.add_(1) for t in w.values()]
-    )
+    edit_weights(shards[1].rename(directory / "model.safetensors").parent, lambda w: [t.add_(1) for t in w.values()])
     (directory / "model.safetensors").rename(shards[1])
     assert weights_digest(local(directory)) != before
     shards[1].unlink()
@@ -293,9 +287,7 @@ def test_encoder_is_refused(tmp_path: Path) -> None:
         load(local(directory))
 
 
-@pytest.mark.parametrize(
-    "config", [ModelConfig(), ModelConfig(path="x", hub="y/z"), ModelConfig(name="x", hub="")]
-)
+@pytest.mark.parametrize("config", [ModelConfig(), ModelConfig(path="x", hub="y/z"), ModelConfig(name="x", hub="")])
 def test_a_model_comes_from_one_place(config: ModelConfig) -> None:
     for function in (weights_digest, load):
         with pytest.raises(ValueError, match=r"model=local model\.path=.* or model=hub model\.name="):

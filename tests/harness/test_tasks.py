@@ -42,9 +42,7 @@ metric_list:
 def stories() -> tuple[LlamaForCausalLM, Any]:
     if not STORIES.exists():
         pytest.skip("needs the checkpoint ../shared/models/stories260K")
-    return LlamaForCausalLM.from_pretrained(
-        STORIES, dtype=torch.float32
-    ).eval(), AutoTokenizer.from_pretrained(STORIES)
+    return LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(STORIES)
 
 
 @pytest.fixture
@@ -63,9 +61,7 @@ def log_likelihood(model: LlamaForCausalLM, tokenizer: Any, context: str, choice
     return sum(log_p[i - 1, whole[i]].item() for i in range(len(prefix), len(whole)))
 
 
-def test_a_local_task_scores_as_log_likelihoods_say(
-    stories: tuple[LlamaForCausalLM, Any], folder: Path
-) -> None:
+def test_a_local_task_scores_as_log_likelihoods_say(stories: tuple[LlamaForCausalLM, Any], folder: Path) -> None:
     model, tokenizer = stories
     right = [
         log_likelihood(model, tokenizer, c, first) > log_likelihood(model, tokenizer, c, second)
@@ -87,9 +83,7 @@ def test_the_embedded_task_runs_offline(stories: tuple[LlamaForCausalLM, Any]) -
     assert results["pydocs_next"]["acc"] in (0, 0.25, 0.5, 0.75, 1)
 
 
-def test_an_unknown_task(
-    stories: tuple[LlamaForCausalLM, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_task(stories: tuple[LlamaForCausalLM, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval import tasks
 
     class OwnTasksOnly(tasks.TaskManager):  # lm-eval's own files take many seconds to index
@@ -98,9 +92,7 @@ def test_an_unknown_task(
             super().__init__(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(tasks, "TaskManager", OwnTasksOnly)
-    with pytest.raises(
-        ValueError, match="unknown task 'local_storys' in eval.tasks: did you mean local_stories?"
-    ):
+    with pytest.raises(ValueError, match=r"unknown task 'local_storys' in eval\.tasks: did you mean local_stories"):
         run_tasks(*stories, ["local_storys"], include_path=str(folder))
 
 

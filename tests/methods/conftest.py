@@ -36,9 +36,7 @@ def dense_hessian() -> Callable[[Network, Tensor, str], Tensor]:
 
         def loss(flat: Tensor) -> Tensor:
             parameters = {f"{linear}.weight": flat.view(shape)}
-            logits = functional_call(
-                network.model, parameters, kwargs={"input_ids": tokens, "use_cache": False}
-            ).logits
+            logits = functional_call(network.model, parameters, kwargs={"input_ids": tokens, "use_cache": False}).logits
             return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
         with torch.enable_grad():
@@ -49,7 +47,7 @@ def dense_hessian() -> Callable[[Network, Tensor, str], Tensor]:
 
 @pytest.fixture
 def quadratic(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[float]]], Network]:
-    """Builds a network of linears with a loss ½ Σ aᵢwᵢ² each: the Hessian of each is diagonal with the given aᵢ."""
+    """Builds a network of linears with a loss ½ Σ aᵢwᵢ² each: their Hessians are diagonal, with the aᵢ given."""
 
     def build(spectra: dict[str, list[float]]) -> Network:
         layers = {name: nn.Linear(len(values), 1, bias=False) for name, values in spectra.items()}

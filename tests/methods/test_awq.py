@@ -33,18 +33,14 @@ def network(small_llama: Callable[..., Network]) -> Network:
     network = small_llama(num_key_value_heads=4)
     for name, parameter in network.model.named_parameters():
         if parameter.dim() == 1:
-            parameter.copy_(
-                torch.exp(1.5 * torch.randn(64, generator=torch.Generator().manual_seed(len(name))))
-            )
+            parameter.copy_(torch.exp(1.5 * torch.randn(64, generator=torch.Generator().manual_seed(len(name)))))
     return network
 
 
 def scope_inputs(network: Network, group: Group, tokens: Tensor) -> list[tuple[tuple, dict]]:
     calls: list[tuple[tuple, dict]] = []
     scope = network.module(group.scope)
-    with hooks(
-        [scope.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)]  # noqa: ARG005
-    ):
+    with hooks([scope.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)]):
         network.logits(tokens)
     return calls
 
@@ -125,9 +121,7 @@ def test_the_chosen_scale_is_the_best_of_all_candidates(
     assert losses[best] < losses[0]  # rounding to nearest, and not by accident the best
 
 
-def test_the_loss_of_a_single_linear_is_that_of_its_output(
-    network: Network, context: Callable[..., Context]
-) -> None:
+def test_the_loss_of_a_single_linear_is_that_of_its_output(network: Network, context: Callable[..., Context]) -> None:
     group, ctx = network.blocks[0].groups[-1], context(network)
     weight = network.weight(group.name).double()
     gram = ctx.statistics(Stat.GRAM, group.name).double() * ctx.tokens.numel()
@@ -157,6 +151,15 @@ def test_clipping_takes_the_best_threshold_of_every_row_and_group() -> None:
     torch.testing.assert_close(ours, best)
     assert (ours <= errors(weight)).all()
     assert (ours < errors(weight)).any()
+
+
+def test_later_blocks_see_the_activations_of_the_full_model(network: Network, context: Callable[..., Context]) -> None:
+    ctx, plan = context(network), dict.fromkeys(network.linears, Integer(2, 32))
+    group = network.blocks[1].groups[0]
+    calls = scope_inputs(network, group, ctx.tokens[:8])
+    expected = search_scale(network, group, plan, ctx.statistics(Stat.MEAN_ABS, group.name), calls)
+    folds = search_and_fold(ctx, plan, search_sequences=8)  # clips block 0 before it searches block 1
+    torch.testing.assert_close(folds.input_scale[group.name], expected)
 
 
 def test_queries_and_keys_are_not_clipped(network: Network, context: Callable[..., Context]) -> None:
@@ -212,13 +215,12 @@ def test_the_result_describes_the_quantized_model(
         s, t = quantized.input_scale.get(name, torch.ones(1)), quantized.output_scale.get(name, torch.ones(1))
         weight = original[f"{name}.weight"]
         error = t.unsqueeze(1) * quantized.packed[name].dequantize() / s - weight
-        print(name, float(error.square().mean() / weight.square().mean()))
-        assert error.square().mean() < 10.01 * weight.square().mean()
+        assert error.square().mean() < 0.05 * weight.square().mean()
 
 
 def test_activations_that_overflow_are_reported(network: Network, context: Callable[..., Context]) -> None:
     ctx = context(network)
     group = network.blocks[0].groups[0]
-    ctx.statistics = lambda stat, name: torch.full((network.shape(name)[1],), torch.inf)  # noqa: ARG005
+    ctx.statistics = lambda stat, name: torch.full((network.shape(name)[1],), torch.inf)
     with pytest.raises(FloatingPointError, match=group.scope):
         search_and_fold(ctx, dict.fromkeys(network.linears, FORMAT))

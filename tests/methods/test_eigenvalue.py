@@ -42,9 +42,7 @@ def test_competing_signs_do_not_cancel(quadratic: Callable[..., Network]) -> Non
 
 
 def test_the_magnitude_never_decreases_with_more_iterations(minute_llama: Network) -> None:
-    runs = [
-        TopEigenvalue(tolerance=0, max_iterations=n)(minute_llama, TOKENS, seeded(0)) for n in (1, 2, 5, 10)
-    ]
+    runs = [TopEigenvalue(tolerance=0, max_iterations=n)(minute_llama, TOKENS, seeded(0)) for n in (1, 2, 5, 10)]
     assert [run.passes for run in runs] == [2 + n * len(minute_llama.linears) for n in (1, 2, 5, 10)]
     for name in minute_llama.linears:
         sizes = [abs(run.values[name]) for run in runs]

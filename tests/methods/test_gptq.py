@@ -36,14 +36,12 @@ def loss(delta: Tensor, gram: Tensor) -> float:
 
 
 def damped(gram: Tensor, damping: float = 0.01) -> Tensor:
-    return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(
-        len(gram), dtype=torch.float64
-    )
+    return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
 def textbook(weight: Tensor, gram: Tensor, fmt: Integer, refit: bool) -> tuple[Tensor, Tensor, float]:
     """Optimal brain quantization in a fixed column order: after each column, exact compensation by all later
-    columns, and elimination from the explicit inverse. Returns codes, weights, and the squared errors' sum."""
+    columns, and elimination from the explicit inverse. Returns codes, weights, and the sum of the errors."""
     current, inverse = weight.double(), torch.linalg.inv(damped(gram))
     columns = weight.shape[1]
     size = fmt.columns_per_group(columns)
@@ -222,9 +220,7 @@ def test_logits_stay_closer_than_with_rounding_to_nearest(
     assert error(GPTQ(**options)) < error(RTN())
 
 
-@pytest.mark.parametrize(
-    "options", [{"stream": "fp"}, {"stream": "full", "true_sequential": True}, {"damping": -1.0}]
-)
+@pytest.mark.parametrize("options", [{"stream": "fp"}, {"stream": "full", "true_sequential": True}, {"damping": -1.0}])
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"stream|damping"):
         GPTQ(**options)

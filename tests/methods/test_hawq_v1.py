@@ -33,8 +33,8 @@ def test_scores_are_magnitudes_of_eigenvalues(
     small_llama: Callable[..., Network], context: Callable[..., Context]
 ) -> None:
     network = small_llama()
-    method = HAWQV1(max_iterations=20)
-    signed = measure(TopEigenvalue(max_iterations=20), context(network)).values
+    method = HAWQV1(max_iterations=6)
+    signed = measure(TopEigenvalue(max_iterations=6), context(network)).values
     assert any(value < 0 for value in signed.values())
     assert method.scores(context(network)) == {name: abs(value) for name, value in signed.items()}
 

@@ -39,9 +39,7 @@ def test_a_diagonal_hessian_is_exact(quadratic: Callable[..., Network]) -> None:
     assert score.error == pytest.approx({"a": 0, "b": 0, "c": 0})
 
 
-def test_negative_traces_are_reported(
-    quadratic: Callable[..., Network], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_negative_traces_are_reported(quadratic: Callable[..., Network], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         Hutchinson()(quadratic({"fine": [1.0, 2.0], "bad": [3.0, -7.0]}), TOKENS, seeded(0))
     assert "1 of 2 Hessian traces are negative: bad" in caplog.text

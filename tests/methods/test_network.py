@@ -281,3 +281,60 @@ def test_one_block_used_twice_is_listed_once() -> None:
     model = Toy(NoNorm)
     model.layers[1] = model.layers[0]
     assert discover(model, VOCAB).linears == ("layers.0.a", "layers.0.b")
+
+
+def test_a_dead_first_block_does_not_decide_for_the_others():
+    """With a zero output projection nothing that precedes it seems to matter: no producer may be inferred from that."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
+    blocks = discover(model, 50).blocks
+    assert blocks[0].groups[1].producer is None
+    for block in blocks[1:]:
+        assert [g.producer and g.producer.split(".")[-1] for g in block.groups] == [
+            "input_layernorm",
+            None,
+            "post_attention_layernorm",
+            "up_proj",
+        ]
+
+
+class _InPlace(torch.nn.Module):
+    """A block whose second linear reads the tensor of the first, changed in place, by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = x.clone()
+        y = self.first(h)
+        h.add_(1)
+        return x + y + self.second(input=h)
+
+
+def test_an_input_changed_in_place_is_another_input():
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.blocks = torch.nn.Embedding(20, 16), torch.nn.ModuleList([_InPlace()])
+
+        def forward(self, input_ids, use_cache=False):
+            x = self.embed(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return SimpleNamespace(logits=x @ self.embed.weight.T)
+
+    torch.manual_seed(0)
+    assert [g.linears for g in discover(Model().eval(), 20).blocks[0].groups] == [
+        ("blocks.0.first",),
+        ("blocks.0.second",),
+    ]

@@ -52,9 +52,7 @@ def test_a_plan_mixes_widths_and_leaves_16_bits_alone(
                 torch.testing.assert_close(network.weight(name), original[name], atol=1e-4, rtol=1e-3)
 
 
-def grams_given(
-    network: Network, ctx: Context, monkeypatch: pytest.MonkeyPatch, **options: Any
-) -> list[Tensor]:
+def grams_given(network: Network, ctx: Context, monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[Tensor]:
     """The Gram matrices that the rounding received, in order."""
     rounding = ROUNDINGS["gptq"]()
     received: list[Tensor] = []
@@ -105,18 +103,14 @@ def test_who_calibrates_on_what(
             torch.testing.assert_close(ours, final, rtol=1e-3, atol=1e-5)
 
 
-def test_a_plan_with_gaps_is_refused(
-    small_llama: Callable[..., Network], context: Callable[..., Context]
-) -> None:
+def test_a_plan_with_gaps_is_refused(small_llama: Callable[..., Network], context: Callable[..., Context]) -> None:
     network = small_llama()
     with pytest.raises(ValueError, match=network.linears[-1]):
         plan = dict.fromkeys(network.linears[:-1], Integer(4))
         quantize_network(context(network), plan, ROUNDINGS["nearest"]())
 
 
-@pytest.mark.skipif(
-    not (CHECKPOINT.exists() and STORIES.exists()), reason="needs the shared stories260K checkpoint"
-)
+@pytest.mark.skipif(not (CHECKPOINT.exists() and STORIES.exists()), reason="needs the shared stories260K checkpoint")
 def test_data_helps_on_a_trained_model(context: Callable[..., Context]) -> None:
     """3 bits in groups of 32 on stories260K: GPTQ and AWQ recover part of what rounding to nearest loses."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)

@@ -28,9 +28,7 @@ def test_every_linear_is_rounded_to_the_nearest_points_of_its_grid(
 
 
 @torch.no_grad()
-def test_more_bits_keep_the_logits_closer(
-    small_llama: Callable[..., Network], context: Callable[..., Context]
-) -> None:
+def test_more_bits_keep_the_logits_closer(small_llama: Callable[..., Network], context: Callable[..., Context]) -> None:
     errors = []
     for bits in (2, 4, 8):
         network = small_llama()

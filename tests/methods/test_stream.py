@@ -51,7 +51,7 @@ def test_streaming_all_blocks_gives_the_logits_of_the_model(network: Network, to
     streamed = torch.cat(stream.inputs)
     last = network.module(network.blocks[-1].name)
 
-    def replace(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG001
+    def replace(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return (streamed, *output[1:]) if isinstance(output, tuple) else streamed
 
     wrong = torch.randint(96, tokens.shape, generator=torch.Generator().manual_seed(1))
@@ -65,7 +65,7 @@ def test_gram_matrices_are_those_of_a_forward_pass(network: Network, tokens: Ten
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.__setitem__(name, args[0].flatten(0, -2))  # noqa: ARG005
+        return lambda module, args: seen.__setitem__(name, args[0].flatten(0, -2))
 
     with hooks([network.linear(g.name).register_forward_pre_hook(keep(g.name)) for g in network.groups]):
         network.logits(tokens)
@@ -81,6 +81,6 @@ def test_hooks_of_the_caller_see_every_batch(network: Network, tokens: Tensor) -
     sizes: list[int] = []
     block = network.module(network.blocks[0].name)
     stream = BlockStream(network, tokens, batch_size=2)
-    with hooks([block.register_forward_hook(lambda m, a, o: sizes.append(len(a[0])))]):  # noqa: ARG005
+    with hooks([block.register_forward_hook(lambda m, a, o: sizes.append(len(a[0])))]):
         stream.run(0)
     assert sizes == [2, 2, 1]
