@@ -21,7 +21,7 @@ $(READY): pyproject.toml .constraints.txt
 	@touch $@
 
 run: $(READY) ## The default comparison: sweep, table in the terminal, results/tables, results/figures
-	@$(BIN)/python -m harness experiment=default; status=$$?; $(BIN)/python -m harness.report && exit $$status
+	@$(BIN)/python -m harness experiment=default; status=$$?; $(BIN)/python -m harness.report group=default && exit $$status
 
 sweep: $(READY) ## Any sweep: make sweep ARGS="-m method=rtn,gptq budget=w3g128,w4g128"
 	@$(BIN)/python -m harness $(ARGS)

@@ -24,9 +24,7 @@ def packed_copy(network: Network, quantized: Quantized) -> nn.Module:
     """
     missing = [name for name in network.linears if name not in quantized.packed]
     if missing:
-        raise ValueError(
-            f"the method returned no packed weight for {len(missing)} linears, first {missing[0]}"
-        )
+        raise ValueError(f"the method returned no packed weight for {len(missing)} linears, first {missing[0]}")
     replacements: dict[int, Any] = {}
     for name in network.linears:
         linear, packed = network.linear(name), quantized.packed[name]
@@ -88,9 +86,7 @@ def layers(network: Network, quantized: Quantized, statistics: Statistics | None
                 "name": name,
                 "bits": packed.bits,
                 "effective_bits": packed.stored_bits() / (out * columns),
-                "output_error": None
-                if statistics is None
-                else _output_error(network, quantized, name, statistics),
+                "output_error": None if statistics is None else _output_error(network, quantized, name, statistics),
                 "sensitivity": quantized.sensitivity.get(name),
             }
         )

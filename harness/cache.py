@@ -44,9 +44,7 @@ class Cache:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
-    def __call__(
-        self, kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-    ) -> Entry:
+    def __call__(self, kind: str, identity: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> Entry:
         """The value for `identity` (JSON-able), from the cache or computed and kept."""
         path = self.folder / kind / f"{digest(dict(identity))}.safetensors"
         entry = self._read(path)
@@ -78,9 +76,7 @@ class Cache:
         try:
             write_atomically(path, save({k: v.cpu() for k, v in entry.value.items()}, metadata=facts))
         except OSError as error:
-            log.warning(
-                "cannot keep %s in the cache (%s); later cells will compute it again", path.name, error
-            )
+            log.warning("cannot keep %s in the cache (%s); later cells will compute it again", path.name, error)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

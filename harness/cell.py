@@ -34,9 +34,7 @@ class Cell:
         if not self.method.uses_budget:
             del cell["budget"]
         code = code_version(type(self.method).__module__, "harness.session")
-        return digest(
-            {**cell, "weights": weights_digest(self.model), "texts": texts_digest(self.data), "code": code}
-        )
+        return digest({**cell, "weights": weights_digest(self.model), "texts": texts_digest(self.data), "code": code})
 
     @property
     def labels(self) -> dict[str, str]:

@@ -49,9 +49,7 @@ def peak_memory_meter() -> Callable[[], int]:
 
         unit = 1 if platform.system() == "Darwin" else 1024
         return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return lambda: (
-        next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
-    )
+    return lambda: next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
 
 
 def _cpu() -> str:
@@ -72,9 +70,7 @@ def _version(name: str) -> str | None:
 def _git(*arguments: str) -> str | None:
     root = Path(__file__).parent
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

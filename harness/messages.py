@@ -18,16 +18,10 @@ def explain(error: HydraException) -> str:
         known = [option for option in error.options or () if not option.startswith("base_")]
         return f"unknown {group or 'config'} {name!r}: {hint(name, known)}"
     cause = str(error.__cause__ or "")
-    unknown = re.search(
-        r"^Key '(?P<key>[^']*)' .*?full_key: (?P<path>\S+).*?object_type=(?P<owner>\w+)", cause, re.S
-    )
+    unknown = re.search(r"^Key '(?P<key>[^']*)' .*?full_key: (?P<path>\S+).*?object_type=(?P<owner>\w+)", cause, re.S)
     if unknown:
         return f"unknown option {unknown['path']!r}: {hint(unknown['key'], _options(unknown['owner']))}"
-    lines = [
-        line
-        for line in (*str(error).splitlines(), *cause.splitlines()[:1])
-        if line and "hydra.cc" not in line
-    ]
+    lines = [line for line in (*str(error).splitlines(), *cause.splitlines()[:1]) if line and "hydra.cc" not in line]
     return ": ".join(dict.fromkeys(lines))
 
 

@@ -61,9 +61,7 @@ class Store:
     def write(self, record: Record) -> None:
         """Write atomically: readers see the old file, the new file, or none, never a part."""
         body = asdict(record)
-        write_atomically(
-            self.path(record.key), _dumps({**body, "schema": SCHEMA, "checksum": _checksum(body)})
-        )
+        write_atomically(self.path(record.key), _dumps({**body, "schema": SCHEMA, "checksum": _checksum(body)}))
 
     def read(self, key: str) -> Record | None:
         """The record of `key`, or None if there is none. One that is torn, altered or foreign is reported and
@@ -75,14 +73,10 @@ class Store:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning(
-                "record %s is unreadable (%s); its cell will be computed again", self.path(key), error
-            )
+            log.warning("record %s is unreadable (%s); its cell will be computed again", self.path(key), error)
             return None
         if schema != SCHEMA or record.key != key or checksum != _checksum(body):
-            log.warning(
-                "record %s was altered or is foreign; its cell will be computed again", self.path(key)
-            )
+            log.warning("record %s was altered or is foreign; its cell will be computed again", self.path(key))
             return None
         return record
 

@@ -5,6 +5,7 @@ model and text share, so that a warm worker loads once.
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from harness.cache import Cache, Entry
 from harness.calibration import as_statistics, collect
 from harness.cell import Cell
 from harness.code import code_version
-from harness.data import load_texts, texts_digest, windows
+from harness.data import load_texts, windows
 from harness.evaluate import batch_size, evaluate, reference
 from harness.models import load, weights_digest
 from harness.tasks import run_tasks
@@ -64,12 +65,7 @@ class Session:
         loaded = load(cell.model, device)
         self.tokenizer, self.network, self.vocab_size = loaded.tokenizer, loaded.network, loaded.vocab_size
         self.windows = windows(load_texts(cell.data), loaded.tokenizer, cell.data, loaded.context)
-        self.identity = {
-            "weights": weights_digest(cell.model),
-            "dtype": cell.model.dtype,
-            "texts": texts_digest(cell.data),
-            "seed": cell.seed,
-        }
+        self.weights = weights_digest(cell.model)
 
     def serves(self, cell: Cell) -> bool:
         """Whether the cell can run in this session."""
@@ -97,9 +93,7 @@ class Session:
         if not cell.evaluation.layer_error:
             statistics = None
         layers = accounting.layers(self.network, quantized, statistics)
-        note = (
-            accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
-        )
+        note = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
         return {**measured, **storage, "layers": layers, "notes": [note] if note else []}
 
     def _statistics(self, cell: Cell, clock: Clock, track: Tracker) -> Statistics | None:
@@ -109,12 +103,11 @@ class Session:
 
         def compute() -> dict[str, Tensor]:
             found = collect(self.network, self.windows.calibration.to(self.device), stats, track)
-            return {
-                f"{stat.value}/{group}": t for stat, groups in found.items() for group, t in groups.items()
-            }
+            return {f"{stat.value}/{group}": t for stat, groups in found.items() for group, t in groups.items()}
 
         identity = {
-            **self.identity,
+            "weights": self.weights,
+            "tokens": _digest(self.windows.calibration),
             "stats": sorted(s.value for s in stats),
             "code": code_version("harness.calibration"),
         }
@@ -128,13 +121,17 @@ class Session:
     def _quantize(self, cell: Cell, statistics: Statistics | None, clock: Clock, track: Tracker) -> Quantized:
         generator = torch.Generator().manual_seed(cell.seed)
 
-        def memo(
-            name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-        ) -> dict[str, Tensor]:
+        def memo(name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
             # The generator ends where it began, so that a remembered result changes nothing that comes after.
             state = generator.get_state()
-            code = code_version(compute.__module__)
-            entry = self.cache(name, {**self.identity, "options": dict(options), "code": code}, compute)
+            identity = {
+                "weights": self.weights,
+                "tokens": [_digest(self.windows.calibration), _digest(self.windows.scoring)],
+                "options": dict(options),
+                "seed": cell.seed,
+                "code": code_version(compute.__module__),
+            }
+            entry = self.cache(name, identity, compute)
             generator.set_state(state)
             return clock.charge("quantize", entry)
 
@@ -155,9 +152,7 @@ class Session:
         chosen, tokens = cell.evaluation, self.windows.test
         batch = batch_size(tokens.shape[1], self.vocab_size)
         truth = self._reference(batch, clock) if chosen.kl else None
-        measured = evaluate(
-            Network(packed, ()), tokens, truth, self.windows.words, batch, chosen.bootstrap, track
-        )
+        measured = evaluate(Network(packed, ()), tokens, truth, self.windows.words, batch, chosen.bootstrap, track)
         tasks = {}
         if chosen.tasks:
             tasks = run_tasks(packed, self.tokenizer, chosen.tasks, chosen.limit, chosen.include_path)
@@ -178,8 +173,16 @@ class Session:
         def compute() -> dict[str, Tensor]:
             return {"log_probabilities": reference(self.network, self.windows.test, batch)}
 
-        identity = {**self.identity, "code": code_version("harness.evaluate")}
+        identity = {
+            "weights": self.weights,
+            "tokens": _digest(self.windows.test),
+            "code": code_version("harness.evaluate"),
+        }
         return clock.charge("evaluate", self.cache("reference", identity, compute))["log_probabilities"]
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def _no_statistics(stat: Stat, linear: str) -> Tensor:

@@ -101,9 +101,7 @@ def conclude(outcomes: list[Outcome]) -> int:
     console.print(f"{len(outcomes)} cells: {told}" + (f" ({resumed} were there already)" if resumed else ""))
     for outcome in outcomes:
         if outcome.status in (FAILED, INVALID):
-            console.print(
-                f"[red]{outcome.status}[/red] {escape(outcome.cell)}: {escape(outcome.reason or '')}"
-            )
+            console.print(f"[red]{outcome.status}[/red] {escape(outcome.cell)}: {escape(outcome.reason or '')}")
     return 2 if counts[INVALID] else 1 if counts[FAILED] else 0
 
 

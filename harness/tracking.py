@@ -92,6 +92,7 @@ def _mirror(fill: Callable[[wandb.Run], None], *, directory: Path, exit_code: in
         return True
     # wandb's service would send crash reports, in offline mode too.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # else tables are staged in the home folder
     import wandb
 
     settings = wandb.Settings(

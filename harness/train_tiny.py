@@ -117,9 +117,7 @@ def optimizers(recipe: Recipe, model: LlamaForCausalLM) -> list[torch.optim.Opti
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     return [
-        torch.optim.Muon(
-            matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=recipe.peak_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -202,9 +200,7 @@ def _save(recipe: Recipe, model: LlamaForCausalLM, opts: list[torch.optim.Optimi
     path = Path(recipe.checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(
-        {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}, partial
-    )
+    torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]}, partial)
     partial.replace(path)
 
 
@@ -240,9 +236,7 @@ def main(config: Recipe) -> None:
     tokenizer = train_tokenizer(training, recipe.vocab_size)
     core, optional = encode(tokenizer, training), encode(tokenizer, extra) if extra else torch.empty(0)
     held_out = {s: encode(tokenizer, [d for d in documents if d.split == s]) for s in ("scoring", "test")}
-    log.info(
-        "tokens: core %d, optional %d, %s", len(core), len(optional), {k: len(v) for k, v in held_out.items()}
-    )
+    log.info("tokens: core %d, optional %d, %s", len(core), len(optional), {k: len(v) for k, v in held_out.items()})
     model = build_model(recipe)
     train(recipe, model, core, optional, held_out["scoring"])
     for parameter in model.parameters():  # evaluate what is shipped
@@ -255,9 +249,7 @@ def main(config: Recipe) -> None:
         "optional_sha256": corpus.digest(extra),
         "core_tokens": len(core),
         "optional_tokens": len(optional),
-        "perplexity": {
-            name: round(perplexity(model, tokens, recipe.context), 3) for name, tokens in held_out.items()
-        },
+        "perplexity": {name: round(perplexity(model, tokens, recipe.context), 3) for name, tokens in held_out.items()},
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
     export(recipe, model, tokenizer, facts)

@@ -25,7 +25,7 @@ from harness.cache import Cache
 from harness.cell import Cell, make_record
 from harness.config import RunConfig, build, cell_from_dict
 from harness.environment import describe, peak_memory_meter
-from harness.records import DONE, FAILED, SKIPPED, Record, Store
+from harness.records import DONE, FAILED, SKIPPED, Record, Store, canonical
 from harness.session import Clock, Session, Unsupported
 from methods.base import discover
 
@@ -47,12 +47,15 @@ class Runner:
         status, reason, result = DONE, None, {}
         try:
             result = self._session(cell, run, clock).run(cell, clock, self._track)
+            canonical(result)  # NaN is a fault of the cell, and found here rather than while its record is written
         except Unsupported as refusal:
             status, reason = SKIPPED, str(refusal)
         except Exception as error:  # noqa: BLE001
-            status, reason = FAILED, f"{type(error).__name__}: {error}"
-            log.error("%s failed\n%s", " ".join(cell.labels.values()), traceback.format_exc())
-            self.session = None  # whatever state it is in
+            status, reason = FAILED, str(error)
+            if type(error) is not ValueError:  # which the project raises with a sentence
+                reason = f"{type(error).__name__}: {error}"
+                log.error("%s failed\n%s", " ".join(cell.labels.values()), traceback.format_exc())
+            result, self.session = {}, None  # whatever state they are in
         clock.seconds["total"] = time.perf_counter() - began
         cost = {"seconds": {k: round(v, 4) for k, v in clock.seconds.items()}, "peak_bytes": peak()}
         record = make_record(cell, status, reason, result=result, cost=cost, environment=describe())

@@ -123,9 +123,7 @@ class Tracker(Protocol):
     def __call__(self, items: Iterable[T], description: str) -> Iterable[T]: ...
 
 
-def no_memo(
-    name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
-) -> dict[str, Tensor]:
+def no_memo(name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Compute every time."""
     del name, options
     return compute()

@@ -49,9 +49,7 @@ class MixedPrecision(Method):
         if not self.bits:
             raise ValueError("method.bits is empty; give candidate widths such as [2,3,4,8]")
         if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"unknown granularity {self.granularity!r}: there are {' and '.join(GRANULARITIES)}"
-            )
+            raise ValueError(f"unknown granularity {self.granularity!r}: there are {' and '.join(GRANULARITIES)}")
         # Unknown names fail here, rather than after an hour of sensitivities.
         SOLVERS[self.solver]()
         ROUNDINGS[self.rounding]()

@@ -77,9 +77,7 @@ def _streamed(
     return packed
 
 
-def _round_group(
-    network: Network, group: Group, plan: Mapping[str, Format], rounder: Rounder
-) -> dict[str, Packed]:
+def _round_group(network: Network, group: Group, plan: Mapping[str, Format], rounder: Rounder) -> dict[str, Packed]:
     packed = {}
     for name in group.linears:
         fmt = plan[name]

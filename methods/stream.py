@@ -77,9 +77,7 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def gram_matrices(
-    stream: BlockStream, index: int, groups: Sequence[Group]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def gram_matrices(stream: BlockStream, index: int, groups: Sequence[Group]) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Gram matrices of the inputs of groups of block `index`, and the block's outputs.
 
     A Gram matrix is the mean over tokens of x xᵀ, fp32 [in, in], keyed by the group's name.

@@ -28,7 +28,5 @@ def imported_packages(path: Path) -> set[str]:
 def test_imports_go_down(package: str) -> None:
     files = list((ROOT / package).rglob("*.py"))
     assert files
-    offences = {
-        str(f.relative_to(ROOT)): bad for f in files if (bad := imported_packages(f) & FORBIDDEN[package])
-    }
+    offences = {str(f.relative_to(ROOT)): bad for f in files if (bad := imported_packages(f) & FORBIDDEN[package])}
     assert not offences

@@ -75,9 +75,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c[3:])[:60])
 def test_every_command_composes(command):
     register_configs()
-    overrides = [
-        re.sub(r"=([^,\[]+),.*", r"=\1", a) for a in command[3:] if a != "-m"
-    ]  # first value of a sweep
+    overrides = [re.sub(r"=([^,\[]+),.*", r"=\1", a) for a in command[3:] if a != "-m"]  # first value of a sweep
     if any(a.startswith("experiment=") for a in overrides):
         overrides.append("method=rtn")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from harness.records import Store
 from harness.report import report, terminal
+from harness.tracking import log_figures
 
 
 @dataclass
@@ -25,6 +26,10 @@ class ReportConfig:
     """Folder of the records."""
     folder: str = "results"
     """Gets `tables/` and `figures/`."""
+    tracking: str = "offline"
+    """wandb, which shows tables and figures as one run: offline, online or disabled."""
+    group: str = "report"
+    """The group under which wandb shows them."""
 
 
 # Hydra keeps no log and no folder of its own: a report leaves nothing but what it writes.
@@ -44,6 +49,7 @@ def main(config: ReportConfig) -> None:
     if not records:
         raise SystemExit(f"{config.records} holds no records; run a sweep first: python -m harness -m --help")
     paths = report(records, Path(config.folder), console)
+    log_figures(paths, mode=config.tracking, group=config.group, directory=Path(config.records))
     console.print(f"Wrote {len(paths)} files to {config.folder}/tables and {config.folder}/figures.")
 
 

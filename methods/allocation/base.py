@@ -107,6 +107,4 @@ def check(problem: Problem, plan: Mapping[str, Format]) -> None:
             raise ValueError(f"the plan gives {group} {plan.get(group)}, which is not one of its formats")
     size = problem.size(plan)
     if size > problem.window[1]:
-        raise ValueError(
-            f"the plan stores {size / problem.weights:.4f} bits a weight, more than {problem.limit:g}"
-        )
+        raise ValueError(f"the plan stores {size / problem.weights:.4f} bits a weight, more than {problem.limit:g}")

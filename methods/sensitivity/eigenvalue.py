@@ -34,8 +34,8 @@ class TopEigenvalue(Metric):
 
     tolerance: float = 1e-3
     max_iterations: int = 100
-    sequences: int = 4
-    context: int = 64
+    sequences: int = 2
+    context: int = 128
 
     def __post_init__(self) -> None:
         if min(self.max_iterations, self.sequences, self.context) < 1:
@@ -53,9 +53,7 @@ class TopEigenvalue(Metric):
                 passes += iterations
                 unconverged += not converged
         negative = sum(value < 0 for value in values.values())
-        log.info(
-            "top eigenvalues: %d linears, %d negative, %d unconverged", len(values), negative, unconverged
-        )
+        log.info("top eigenvalues: %d linears, %d negative, %d unconverged", len(values), negative, unconverged)
         return Sensitivity(values, dict.fromkeys(values, 0.0), perf_counter() - started, passes)
 
     def _iterate(self, product: Product, linear: str, vector: Tensor) -> tuple[float, int, bool]:

@@ -77,9 +77,7 @@ class Hutchinson(Metric):
         sizes = {name: abs(fmean(drawn)) for name, drawn in samples.items()}
         floor = median(sizes.values())
         return [
-            name
-            for name, drawn in samples.items()
-            if _standard_error(drawn) > self.tolerance * max(sizes[name], floor)
+            name for name, drawn in samples.items() if _standard_error(drawn) > self.tolerance * max(sizes[name], floor)
         ]
 
 
@@ -100,7 +98,5 @@ def _standard_error(samples: list[float]) -> float:
 def _report(traces: Mapping[str, float], unfinished: list[str]) -> None:
     negative = [name for name, trace in traces.items() if trace < 0]
     if negative:
-        log.warning(
-            "%d of %d Hessian traces are negative: %s", len(negative), len(traces), ", ".join(negative)
-        )
+        log.warning("%d of %d Hessian traces are negative: %s", len(negative), len(traces), ", ".join(negative))
     log.info("Hessian traces: %d linears, %d out of probes", len(traces), len(unfinished))

@@ -71,9 +71,7 @@ def probe(like: Tensor, generator: torch.Generator) -> Tensor:
 def _check(weights: Mapping[str, Tensor], tokens: Tensor) -> None:
     for name, weight in weights.items():
         if weight.dtype != torch.float32:
-            raise ValueError(
-                f"second derivatives need fp32, and {name} is in {weight.dtype}; load the model in fp32"
-            )
+            raise ValueError(f"second derivatives need fp32, and {name} is in {weight.dtype}; load the model in fp32")
     if tokens.shape[1] < 2:
         raise ValueError("the loss is that of the next token; give sequences of at least 2 tokens")
 

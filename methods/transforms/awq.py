@@ -53,9 +53,7 @@ class _Observed:
 
 
 @torch.no_grad()
-def search_and_fold(
-    ctx: Context, plan: Mapping[str, Format], search_sequences: int = 8, clip: bool = True
-) -> Folds:
+def search_and_fold(ctx: Context, plan: Mapping[str, Format], search_sequences: int = 8, clip: bool = True) -> Folds:
     """Search scales (and clipping thresholds) for every group, and apply them to the network's weights.
 
     Blocks see full-precision activations. The first `search_sequences` calibration sequences decide between

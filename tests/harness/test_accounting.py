@@ -86,9 +86,7 @@ def test_output_error_is_the_mean_squared_error_of_outputs(network):
     quantized = quantize(network, Integer(2, 32))
     name = network.linears[-1]
     inputs = []
-    handle = network.linear(name).register_forward_pre_hook(
-        lambda m, args: inputs.append(args[0].flatten(0, 1))
-    )
+    handle = network.linear(name).register_forward_pre_hook(lambda m, args: inputs.append(args[0].flatten(0, 1)))
     network.logits(tokens)
     handle.remove()
     x, weight, rounded = torch.cat(inputs), network.weight(name), quantized.packed[name].dequantize()
@@ -127,14 +125,10 @@ def test_a_method_that_forgets_a_linear_or_returns_nan_is_refused(network):
 
 def test_ragged_groups_are_mentioned(network):
     assert accounting.ragged_note(network, 32) is None
-    assert "64 or 96 input channels, no multiple of the group size 40" in str(
-        accounting.ragged_note(network, 40)
-    )
+    assert "64 or 96 input channels, no multiple of the group size 40" in str(accounting.ragged_note(network, 40))
     assert accounting.ragged_note(network, 0) is None
 
 
 def test_budgets_are_limits_on_stored_bits(network):
     stored = accounting.storage(accounting.packed_copy(network, quantize(network, Integer(4, 32))))
-    assert Budget(bits=4, group_size=32).limit(network.shapes) == pytest.approx(
-        stored["effective_bits"], abs=1e-12
-    )
+    assert Budget(bits=4, group_size=32).limit(network.shapes) == pytest.approx(stored["effective_bits"], abs=1e-12)

@@ -20,10 +20,12 @@ def test_each_file_is_in_one_split(documents: list[Document]) -> None:
 
 
 def test_a_split_depends_on_the_path_alone() -> None:
-    for path in ("argparse.py", "json/decoder.py", "pydoc_data/topics/if"):
+    paths = [f"package/module_{i}.py" for i in range(200)]
+    for path in paths:
         bucket = int(hashlib.sha256(path.encode()).hexdigest()[:8], 16) % 100
         expected = "test" if bucket < 6 else "scoring" if bucket < 12 else "calibration" if bucket < 17 else "train"
         assert Document(path, "one text").split == Document(path, "another").split == expected
+    assert {Document(path, "").split for path in paths} == {"test", "scoring", "calibration", "train"}
 
 
 def test_shares(documents: list[Document]) -> None:

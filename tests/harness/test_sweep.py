@@ -30,9 +30,7 @@ ROOT = Path(__file__).parents[2]
 def folder(tmp_path_factory) -> Path:
     """A random Llama and a text."""
     path = tmp_path_factory.mktemp("model")
-    sentences = [
-        f"the {a} number {i} is {b} than the {a} number {i + 1}." for i in range(400) for a, b in _WORDS
-    ]
+    sentences = [f"the {a} number {i} is {b} than the {a} number {i + 1}." for i in range(400) for a, b in _WORDS]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>"]))
@@ -195,7 +193,7 @@ def test_a_sweep_resumes_and_one_failure_does_not_end_it(folder, tmp_path):
 
 
 def test_failures_are_all_listed_and_retried(folder, tmp_path):
-    options = [*arguments(folder, tmp_path), "-m", "method=rtn,fp16", "budget=w4g16"]
+    options = ["-m", *arguments(folder, tmp_path), "method=rtn,fp16", "budget=w4g16"]
     failing = harness(*options, "run.time_limit=0.0001")
     assert failing.returncode == 1
     assert failing.stderr.count("time limit") >= 4  # each failure where it happens and again in the summary
@@ -204,7 +202,7 @@ def test_failures_are_all_listed_and_retried(folder, tmp_path):
 
 
 def test_a_killed_sweep_loses_no_finished_cell(folder, tmp_path):
-    options = [*arguments(folder, tmp_path), "-m", "method=rtn,gptq", "budget=w2g16,w3g16,w4g16,w8g16"]
+    options = ["-m", *arguments(folder, tmp_path), "method=rtn,gptq", "budget=w2g16,w3g16,w4g16,w8g16"]
     store = Store(tmp_path / "runs")
     sweep = subprocess.Popen([sys.executable, "-m", "harness", *options], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90

@@ -174,6 +174,20 @@ def test_queries_and_keys_are_not_clipped(network: Network, context: Callable[..
         assert changed == (name.split(".")[-1] not in ("q_proj", "k_proj"))
 
 
+def test_thresholds_are_searched_on_the_scaled_inputs(network: Network, context: Callable[..., Context]) -> None:
+    ctx, group = context(network), network.blocks[0].groups[2]
+    weight, inputs = network.weight(group.name), []
+    keep = network.linear(group.name).register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))
+    with hooks([keep]):
+        network.logits(ctx.tokens[:8])
+    folds = search_and_fold(ctx, dict.fromkeys(network.linears, FORMAT), search_sequences=8)
+    scale = folds.input_scale[group.name]
+    expected = clip_weight(weight * scale, FORMAT, inputs[0] / scale)
+    differently = clip_weight(weight * scale, FORMAT, inputs[0])
+    assert not torch.allclose(expected, differently)
+    torch.testing.assert_close(network.weight(group.name), expected)
+
+
 def test_linears_without_a_producer_are_clipped_only(
     small_llama: Callable[..., Network], context: Callable[..., Context]
 ) -> None:

@@ -85,6 +85,15 @@ def test_the_factor_reproduces_the_damped_matrix() -> None:
     torch.testing.assert_close(factor @ factor.T, damped(gram, 0.05).float())
 
 
+def test_damping_is_relative_to_inputs_that_are_not_always_zero() -> None:
+    _, gram = layer(1, 32)
+    dead = torch.arange(32) % 2 == 0
+    gram[dead] = 0
+    gram[:, dead] = 0
+    live = damped_factor(gram, 0.1)[~dead][:, ~dead]
+    torch.testing.assert_close(live @ live.T, damped(gram[~dead][:, ~dead], 0.1).float())
+
+
 def test_between_the_exhaustive_optimum_and_rounding_to_nearest() -> None:
     fmt = Integer(2)
     choices = torch.tensor(list(product(range(4), repeat=6)))  # [4096, 6]
