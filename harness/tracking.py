@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from harness.metrics import metrics
 from harness.records import DONE, FAILED, Record, digest
-from harness.report.frame import metrics
 
 if TYPE_CHECKING:
     import wandb
