@@ -112,7 +112,7 @@ SIGNS = str.maketrans(
 
 def latex(displays: list[Display], made: str) -> str:
     """One `tabular` a section, the section's label as its spanning head, its notes below."""
-    parts = [f"% {made}", "% Needs \\usepackage[T1]{fontenc} and \\usepackage{booktabs,multirow}."]
+    parts = [f"% {made}", "% Needs \\usepackage[T1]{fontenc} and \\usepackage{booktabs}."]
     for shown in displays:
         parts.append(_tabular(shown))
         if shown.notes:
@@ -132,7 +132,7 @@ def _tabular(shown: Display) -> str:
         .apply(lambda _: marks, subset=[name for name in cells.columns if name[-1] == PERPLEXITY])
         .to_latex(
             hrules=True,
-            multirow_align="t",
+            multirow_align="naive",
             multicol_align="c",
             clines="skip-last;data",
             column_format="l" * len(keys) + "r" * len(COLUMNS),

@@ -335,7 +335,7 @@ def test_latex_is_balanced_and_escaped(written: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles(written: Path, tmp_path: Path) -> None:
-    head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,multirow}\begin{document}\small"
+    head = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}\small"
     table = (written / "tables/comparison.tex").read_text()
     (tmp_path / "page.tex").write_text(f"{head}\n{table}\n\\end{{document}}\n")
     run = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
