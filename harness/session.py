@@ -24,7 +24,7 @@ from harness.data import load_texts, windows
 from harness.evaluate import batch_size, evaluate, reference
 from harness.models import load, weights_digest
 from harness.tasks import run_tasks
-from methods.base import Context, Quantized, Stat, Statistics, Tracker, no_tracker
+from methods.base import Context, Quantized, Stat, Statistics, Tracker, UniformMethod, no_tracker
 from methods.network import Network
 
 
@@ -87,14 +87,15 @@ class Session:
             quantized = self._quantize(cell, statistics, clock, track)
         packed = accounting.packed_copy(self.network, quantized)
         storage = accounting.storage(packed)
-        _check_budget(cell, self.network, storage["effective_bits"])
+        over = _budget_note(cell, self.network, storage["effective_bits"])
         with clock.phase("evaluate"):
             measured = self._evaluate(cell, packed, clock, track)
         if not cell.evaluation.layer_error:
             statistics = None
         layers = accounting.layers(self.network, quantized, statistics)
-        note = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
-        return {**measured, **storage, "layers": layers, "notes": [note] if note else []}
+        ragged = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
+        notes = [note for note in (over, ragged) if note]
+        return {**measured, **storage, "layers": layers, "notes": notes}
 
     def _statistics(self, cell: Cell, clock: Clock, track: Tracker) -> Statistics | None:
         stats = cell.method.needs | ({Stat.GRAM} if cell.evaluation.layer_error else frozenset())
@@ -189,12 +190,16 @@ def _no_statistics(stat: Stat, linear: str) -> Tensor:
     raise KeyError(f"statistic {stat.value} of {linear} was not declared in the method's `needs`")
 
 
-def _check_budget(cell: Cell, network: Network, effective_bits: float) -> None:
-    """A plan that stores more than the budget is a failure, not a data point."""
-    if not cell.method.uses_budget:
-        return
+def _budget_note(cell: Cell, network: Network, effective_bits: float) -> str | None:
+    """A sentence where a uniform width stores more than its format does by itself (GPTQ's group index).
+
+    Raises:
+        ValueError: a method that chooses widths stored more than its budget, which is a failure, not a data point.
+    """
     limit = cell.budget.limit(network.shapes)
-    if effective_bits > limit + 1e-9:
-        raise ValueError(
-            f"{cell.method.label} stored {effective_bits:.4f} bits a weight, over the budget of {limit:.4f}"
-        )
+    if not cell.method.uses_budget or effective_bits <= limit + 1e-9:
+        return None
+    excess = f"{cell.method.label} stored {effective_bits:.4f} bits a weight, over the {limit:.4f} of its budget"
+    if isinstance(cell.method, UniformMethod):
+        return excess
+    raise ValueError(excess)

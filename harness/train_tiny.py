@@ -36,7 +36,7 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 class Recipe:
     """Everything that determines the trained weights."""
 
-    steps: int = 3000
+    steps: int = 2400
     """Optimizer steps of `batch_tokens` tokens each."""
     seed: int = 0
     vocab_size: int = 2048
@@ -230,7 +230,6 @@ ConfigStore.instance().store(name="train_tiny", node=Recipe)
 def main(config: Recipe) -> None:
     recipe = OmegaConf.to_object(config)
     assert isinstance(recipe, Recipe)
-    began = time.monotonic()
     documents, extra = corpus.core_documents(), corpus.optional_documents()
     training = [d for d in documents if d.split == "train"]
     tokenizer = train_tokenizer(training, recipe.vocab_size)
@@ -250,7 +249,6 @@ def main(config: Recipe) -> None:
         "core_tokens": len(core),
         "optional_tokens": len(optional),
         "perplexity": {name: round(perplexity(model, tokens, recipe.context), 3) for name, tokens in held_out.items()},
-        "minutes": round((time.monotonic() - began) / 60, 1),
     }
     export(recipe, model, tokenizer, facts)
     log.info("%s", json.dumps(facts["perplexity"]))

@@ -86,3 +86,10 @@ def test_every_file_it_names_exists():
     for name in re.findall(r"`((?:harness|methods|kernels|conf|tests|results)/[\w./]*)`", README):
         if name != "results/runs/":
             assert (ROOT / name).exists(), name
+
+
+def test_its_table_is_the_committed_one():
+    shown = README.split("<!-- comparison -->")[1].split("<!-- end of comparison -->")[0].strip()
+    committed = (ROOT / "results" / "tables" / "comparison.md").read_text()
+    assert shown.count("\n") > 20
+    assert shown in committed

@@ -3,7 +3,7 @@ NeurIPS 2020, arXiv 1911.03852).
 
 For Rademacher z, E[zᵀHz] = tr H. Each linear has probes of its own, though a single product could serve them
 all: then zᵢᵀHᵢₖzₖ of the other linears vanishes in expectation only. On the embedded model, a probe of all
-linears together costs a twelfth, but has a relative standard deviation of 1.3 instead of 0.14 (medians over
+linears together costs a fifteenth, but has a relative standard deviation of 1.3 instead of 0.14 (medians over
 linears): one probe a linear reaches equal error with 5 to 6 times less computing, and lets easy linears stop
 early.
 """

@@ -1,5 +1,6 @@
 """The main job as a user sees it: sweeps resume, faults become records, and equal cells give equal numbers."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -145,6 +146,21 @@ def test_a_refusal_is_a_skipped_record_with_the_reason(folder, tmp_path):
     record = Runner().run(cell, run_config(tmp_path))
     assert record.status == SKIPPED
     assert "uniform widths cannot meet a bound of 3.5 effective bits" in str(record.reason)
+
+
+def test_only_a_method_that_chooses_widths_must_keep_its_budget(folder, tmp_path, monkeypatch):
+    """GPTQ's group index is more than the format stores: said in a note. A plan over its budget is a failure."""
+    record = Runner().run(make_cell(folder, "gptq", act_order=True), run_config(tmp_path))
+    assert record.status == DONE
+    assert "over the" in record.result["notes"][0]
+
+    def spend_more(self, ctx):
+        return METHODS["rtn"]().quantize(dataclasses.replace(ctx, budget=Budget(bits=8, group_size=16)))
+
+    monkeypatch.setattr(METHODS["hawq_v2"], "quantize", spend_more)
+    record = Runner().run(make_cell(folder, "hawq_v2"), run_config(tmp_path))
+    assert record.status == FAILED
+    assert "over the" in str(record.reason)
 
 
 def test_a_fault_in_a_cell_is_a_failed_record_and_the_next_cell_runs(folder, tmp_path, monkeypatch):
