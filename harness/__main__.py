@@ -39,7 +39,7 @@ def job(config: DictConfig) -> None:
         return
     told = " · ".join(cell.labels.values())
     outcomes.add(Outcome(number, told, record.status, record.reason, resumed))
-    mirror(record, run, config.tracking, config.experiment_name)
+    mirror(record, resumed, run, config.tracking, config.experiment_name)
 
 
 def main() -> int:

@@ -6,18 +6,17 @@ Windows are the unit of resampling. Tokens of a window are dependent, so interva
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.intervals import RESAMPLES, Estimate, interval
 from methods.base import Tracker, no_tracker
 from methods.network import Network
 
-RESAMPLES = 2000
 # Logits of one forward pass: 32 MiB in fp32.
 LOGITS_PER_BATCH = 2**23
 
@@ -38,15 +37,6 @@ class EvalConfig:
     """Measure the output error of each linear."""
     bootstrap: int = RESAMPLES
     """Resamples of an interval."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -136,24 +126,6 @@ def evaluate(
         tokens=count * (length - 1),
         length=length,
     )
-
-
-def interval(values: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
-    """The mean and its 95 % percentile bootstrap interval (Efron & Tibshirani 1993, section 13.3)."""
-    sample = np.asarray(values, dtype=np.float64)
-    if len(sample) < 2:
-        raise ValueError(f"{len(sample)} window gives no interval; set data.test_sequences to 2 or more, or 0 for all")
-    rows = np.random.default_rng(0).integers(len(sample), size=(resamples, len(sample)))
-    low, high = np.quantile(sample[rows].mean(axis=1), [0.025, 0.975])
-    return Estimate(float(sample.mean()), float(low), float(high))
-
-
-def paired_difference(nll_a: Sequence[float], nll_b: Sequence[float], resamples: int = RESAMPLES) -> Estimate:
-    """Mean NLL of model a minus that of model b on the same windows, which are resampled together.
-
-    The exponential of all three numbers is the ratio of the perplexities.
-    """
-    return interval(np.subtract(nll_a, nll_b).tolist(), resamples)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from rich.markup import escape
 from harness.cell import Cell
 from harness.config import RunConfig
 from harness.records import DONE, FAILED, SKIPPED, Record, Store, write_atomically
-from harness.tracking import log_record
+from harness.tracking import log_record, mirrored
 from harness.workers import Worker
 
 INVALID = "invalid"
@@ -105,11 +105,10 @@ def conclude(outcomes: list[Outcome]) -> int:
     return 2 if counts[INVALID] else 1 if counts[FAILED] else 0
 
 
-def mirror(record: Record, run: RunConfig, mode: str, group: str) -> None:
-    """Show a record in wandb, unless it is there already."""
-    folder = Path(run.results)
-    if mode != "disabled" and not any(folder.glob(f"wandb/*-{record.key}")):
-        log_record(record, mode=mode, group=group, directory=folder)
+def mirror(record: Record, resumed: bool, run: RunConfig, mode: str, group: str) -> None:
+    """Show a record in wandb, unless it was there before."""
+    if not (resumed and mirrored(Path(run.results), record.key)):
+        log_record(record, mode=mode, group=group, directory=Path(run.results))
 
 
 @cache

@@ -6,6 +6,7 @@ from one process: importing wandb and starting its service take seconds, each fu
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -64,7 +65,10 @@ def log_record(record: Record, *, mode: str, group: str, directory: Path, projec
 
 
 def log_figures(paths: Iterable[Path], *, mode: str, group: str, directory: Path, project: str = PROJECT) -> bool:
-    """Mirror what a report wrote as one run: PNGs as images, CSVs as tables; see `log_record`."""
+    """Mirror what a report wrote as one run: PNGs as images, CSVs as tables; see `log_record`.
+
+    The same content is one run, however often it is written.
+    """
 
     def fill(run: wandb.Run) -> None:
         import wandb
@@ -72,9 +76,14 @@ def log_figures(paths: Iterable[Path], *, mode: str, group: str, directory: Path
         for path in paths:
             if path.suffix == ".png":
                 run.log({path.stem: wandb.Image(str(path))})
-            elif path.suffix == ".csv":
+            else:
                 run.log({path.stem: wandb.Table(dataframe=pd.read_csv(path))})
 
+    paths = sorted(path for path in paths if path.suffix in (".png", ".csv"))
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    identity = digest(["report", project, group, content])
+    if mirrored(directory, identity):
+        return True
     return _mirror(
         fill,
         mode=mode,
@@ -82,9 +91,14 @@ def log_figures(paths: Iterable[Path], *, mode: str, group: str, directory: Path
         group=group,
         job_type="report",
         name=f"{group}/report",
-        id=digest(["report", project, group]),
+        id=identity,
         directory=directory,
     )
+
+
+def mirrored(directory: Path, identity: str) -> bool:
+    """Whether a run of this id was written from here before."""
+    return any(directory.glob(f"wandb/*-{identity}"))
 
 
 def _mirror(fill: Callable[[wandb.Run], None], *, directory: Path, exit_code: int = 0, **options: Any) -> bool:

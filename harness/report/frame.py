@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.evaluate import paired_difference
+from harness.intervals import paired_difference
 from harness.metrics import NUMERIC, metrics
 from harness.records import DONE, Record, canonical
 from harness.report import style

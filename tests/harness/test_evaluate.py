@@ -13,10 +13,9 @@ from harness.evaluate import (
     LOGITS_PER_BATCH,
     batch_size,
     evaluate,
-    interval,
-    paired_difference,
     reference,
 )
+from harness.intervals import interval, paired_difference
 from methods.network import Network
 
 VOCAB, WINDOWS, LENGTH = 50, 7, 12

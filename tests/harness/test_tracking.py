@@ -168,6 +168,8 @@ def test_pictures_and_tables_of_a_report_are_one_run(tmp_path: Path) -> None:
     found = summary(records)
     assert found["pareto._type"] == "image-file"
     assert (found["comparison._type"], found["comparison.nrows"]) == ("table-file", 2)
+    assert tracking.log_figures([table, picture], mode="offline", group="g", directory=tmp_path)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
 
 
 @pytest.mark.parametrize("error", [wandb.errors.CommError("no route"), OSError("disk full")])
