@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from harness.metrics import metrics
 from harness.records import DONE, FAILED, Record, digest
 
@@ -41,6 +39,7 @@ def log_record(record: Record, *, mode: str, group: str, directory: Path, projec
     """
 
     def fill(run: wandb.Run) -> None:
+        import pandas as pd
         import wandb
 
         summary = {"status": record.status, "reason": record.reason, **metrics(record)}
@@ -71,6 +70,7 @@ def log_figures(paths: Iterable[Path], *, mode: str, group: str, directory: Path
     """
 
     def fill(run: wandb.Run) -> None:
+        import pandas as pd
         import wandb
 
         for path in paths:

@@ -1,6 +1,7 @@
 """What the README promises: its example method works as printed, its commands compose, its files exist."""
 
 import re
+import sys
 import types
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.config import register_configs, to_cell
 from methods.base import METHODS, Budget, Context
+from methods.base import discover as discover_methods
 from methods.network import discover
 
 ROOT = Path(__file__).parents[1]
@@ -20,10 +22,9 @@ README = (ROOT / "README.md").read_text()
 @pytest.fixture
 def example():
     """The README's method, registered for the length of a test."""
+    discover_methods()
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     module = types.ModuleType("stochastic_example")
-    import sys
-
     sys.modules[module.__name__] = module
     exec(compile(code, "README.md", "exec"), module.__dict__)
     yield METHODS["stochastic"]

@@ -31,7 +31,11 @@ NARROW, WIDE = 8, 300
 ASIDE = 0.011
 """Methods at equal bits are drawn apart by this share of the bits, so that their bars can be told apart."""
 INK = "#222222"
-PLAIN_BARS = "bars: 95 % interval"
+PLAIN_BARS = "bars: 95 % interval; methods at equal bits stand side by side"
+PAIRED_BARS = (
+    "bars: 95 % interval of the paired difference from fp16; band: that of fp16 itself; "
+    "methods at equal bits stand side by side"
+)
 MOST_NUMBERS = 72
 """Columns of the heat strip that still have room for numbers."""
 
@@ -77,8 +81,7 @@ def pareto(title: str, done: pd.DataFrame, looks: dict[str, Look]) -> Figure | N
     for axis in axes:
         _lines(axis, shown, looks)
         _reference_line(axis, reference)
-    note = "bars: 95 % interval of the paired difference from fp16; band: 95 % interval of fp16 itself"
-    _finish(figure, axes, title, "perplexity per token (log scale)", note if len(reference) else PLAIN_BARS)
+    _finish(figure, axes, title, "perplexity per token (log scale)", PAIRED_BARS if len(reference) else PLAIN_BARS)
     return figure
 
 
