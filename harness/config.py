@@ -57,7 +57,7 @@ class Config:
     eval: Any = MISSING
     run: Any = MISSING
     seed: int = 0
-    """Seeds calibration sampling and every random estimate."""
+    """Seeds every random estimate. The calibration text is chosen by `data.seed`."""
     experiment_name: str = "adhoc"
     """The group under which wandb shows the cells."""
     tracking: str = "offline"
