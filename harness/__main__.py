@@ -50,7 +50,10 @@ def main() -> int:
     except HydraException as error:
         console.print(f"[red]{explain(error)}[/red]", markup=True)
         return 2
-    return conclude(Outcomes.of_this_sweep().all())
+    outcomes = Outcomes.of_this_sweep()
+    status = conclude(outcomes.all())
+    outcomes.discard()
+    return status
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from harness.cell import Cell
 from harness.code import code_version
 from harness.data import load_texts, windows
 from harness.evaluate import batch_size, evaluate, reference
-from harness.models import load, weights_digest
+from harness.models import load
 from harness.tasks import run_tasks
 from methods.base import Context, Quantized, Stat, Statistics, Tracker, UniformMethod, no_tracker
 from methods.network import Network
@@ -65,7 +65,7 @@ class Session:
         loaded = load(cell.model, device)
         self.tokenizer, self.network, self.vocab_size = loaded.tokenizer, loaded.network, loaded.vocab_size
         self.windows = windows(load_texts(cell.data), loaded.tokenizer, cell.data, loaded.context)
-        self.weights = weights_digest(cell.model)
+        self.weights = loaded.digest
 
     def serves(self, cell: Cell) -> bool:
         """Whether the cell can run in this session."""

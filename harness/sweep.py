@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -59,6 +60,10 @@ class Outcomes:
     def all(self) -> list[Outcome]:
         """In the order of the jobs."""
         return [Outcome(**json.loads(path.read_text())) for path in sorted(self.folder.glob("*.json"))]
+
+    def discard(self) -> None:
+        """Remove the folder once all has been told."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @cache
@@ -119,7 +124,7 @@ def _sweep_size(overrides: tuple[str, ...]) -> int:
 
 def position(hydra_config: Any) -> str:
     """Such as `[ 3/42]`: the number of this job and of all jobs of the sweep."""
-    params = [f"{k}={v}" for k, v in (hydra_config.sweeper.get("params") or {}).items()]
-    arguments = [a for a in sys.argv[1:] if "=" in a and not a.startswith("-")]
-    total = _sweep_size((*params, *arguments))
+    params = dict(hydra_config.sweeper.get("params") or {})
+    params |= dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a and not a.startswith("-"))  # these win
+    total = _sweep_size(tuple(f"{option}={values}" for option, values in params.items()))
     return f"[dim]\\[{hydra_config.job.num + 1:>{len(str(total))}}/{total}][/dim]"

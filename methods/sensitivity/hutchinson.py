@@ -2,10 +2,8 @@
 NeurIPS 2020, arXiv 1911.03852).
 
 For Rademacher z, E[zᵀHz] = tr H. Each linear has probes of its own, though a single product could serve them
-all: then zᵢᵀHᵢₖzₖ of the other linears vanishes in expectation only. On the embedded model, a probe of all
-linears together costs a fifteenth, but has a relative standard deviation of 1.3 instead of 0.14 (medians over
-linears): one probe a linear reaches equal error with 5 to 6 times less computing, and lets easy linears stop
-early.
+all: then zᵢᵀHᵢₖzₖ of the other linears vanishes in expectation only, and adds to the variance. A probe for each
+linear costs more but is far less noisy, and lets easy linears stop early.
 """
 
 from __future__ import annotations
