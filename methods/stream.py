@@ -49,10 +49,6 @@ class BlockStream:
                 outputs.append(first(block(hidden, *args, **kwargs)))
         return outputs
 
-    def advance(self, index: int) -> None:
-        """Make the outputs of block `index` the inputs of the next."""
-        self.inputs = self.run(index)
-
     def _capture(self, blocks: list[nn.Module], batch: Tensor) -> None:
         known = batch.shape[0] in self._rest
         calls: list[Call] = []
