@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep tables test test-slow lint format clean
+.PHONY: help setup run sweep tables test test-slow methods sensitivity lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ test: $(READY) ## The tests that take seconds
 
 test-slow: $(READY) ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+methods: $(READY) ## What there is: methods, their parts, metrics, solvers, formats
+	@$(BIN)/python -m harness.catalogue
+
+sensitivity: $(READY) ## Every sensitivity metric on a model: make sensitivity ARGS="model=tiny metrics=all"
+	@$(BIN)/python -m harness.sensitivity $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

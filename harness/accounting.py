@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear import QuantLinear
+from kernels.packed import Packed
 from methods.base import Quantized, Stat, Statistics
 from methods.network import Network
 
@@ -32,8 +33,10 @@ def packed_copy(network: Network, quantized: Quantized) -> nn.Module:
             raise ValueError(f"{name} is {network.shape(name)} but was packed as {packed.shape}")
         if not torch.isfinite(packed.dequantize()).all():
             raise ValueError(f"the packed weight of {name} contains NaN or Inf")
-        bias = quantized.parameters.get(f"{name}.bias", linear.bias)
-        replacements[id(linear)] = QuantLinear(packed, None if bias is None else bias.detach().clone())
+        bias = quantized.parameters.get(f"{name}.bias", linear.bias) if packed.bias_name is None else None
+        replacements[id(linear)] = QuantLinear(
+            packed, None if bias is None else bias.detach().clone(), quantized.inputs.get(name)
+        )
     model = copy.deepcopy(network.model, replacements)
     _set_parameters(model, quantized.parameters)
     return model
@@ -55,7 +58,7 @@ def storage(model: nn.Module) -> dict[str, Any]:
     linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
     stored_bits = sum(m.packed.stored_bits() for m in linears)
     weights = sum(m.in_features * m.out_features for m in linears)
-    biases = sum(m.bias.numel() for m in linears if m.bias is not None)
+    biases = sum(bias.numel() for m in linears for bias in (m.bias, _own_bias(m.packed)) if bias is not None)
     embedding, head = _weight(model, "get_input_embeddings"), _weight(model, "get_output_embeddings")
     unquantized = SIXTEEN_BITS * (sum(p.numel() for p in model.parameters()) + biases)
     return {
@@ -65,6 +68,10 @@ def storage(model: nn.Module) -> dict[str, Any]:
         "embedding_bytes": SIXTEEN_BITS * embedding.numel() if embedding is not None else 0,
         "head_bytes": SIXTEEN_BITS * head.numel() if head is not None and head is not embedding else 0,
     }
+
+
+def _own_bias(packed: Packed) -> Tensor | None:
+    return None if packed.bias_name is None else dict(packed.named_buffers()).get(packed.bias_name)
 
 
 def _weight(model: nn.Module, getter: str) -> nn.Parameter | None:
@@ -85,6 +92,7 @@ def layers(network: Network, quantized: Quantized, statistics: Statistics | None
             {
                 "name": name,
                 "bits": packed.bits,
+                "input_bits": quantized.inputs.get(name),
                 "effective_bits": packed.stored_bits() / (out * columns),
                 "output_error": None if statistics is None else _output_error(network, quantized, name, statistics),
                 "sensitivity": quantized.sensitivity.get(name),

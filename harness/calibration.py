@@ -62,6 +62,20 @@ class MeanAbs(Accumulator):
         self.total += x.abs().sum(0)
 
 
+class Mean(Accumulator):
+    """Mean of x: [in]."""
+
+    def update(self, x: Tensor) -> None:
+        self.total += x.sum(0)
+
+
+class MeanSquare(Accumulator):
+    """Mean of x²: [in]."""
+
+    def update(self, x: Tensor) -> None:
+        self.total += x.square().sum(0)
+
+
 class MaxAbs(Accumulator):
     """Maximum of |x|: [in]."""
 
@@ -77,6 +91,8 @@ ACCUMULATORS: dict[Stat, type[Accumulator]] = {
     Stat.GRAM: Gram,
     Stat.MEAN_ABS: MeanAbs,
     Stat.MAX_ABS: MaxAbs,
+    Stat.MEAN: Mean,
+    Stat.MEAN_SQUARE: MeanSquare,
 }
 
 

@@ -33,7 +33,7 @@ class Cell:
         cell = self.as_dict()
         if not self.method.uses_budget:
             del cell["budget"]
-        code = code_version(type(self.method).__module__, "harness.session")
+        code = code_version(*self.method.modules, "harness.session")
         return digest({**cell, "weights": weights_digest(self.model), "texts": texts_digest(self.data), "code": code})
 
     @property

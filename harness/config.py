@@ -19,7 +19,8 @@ from harness.cell import Cell
 from harness.data import DataConfig
 from harness.evaluate import EvalConfig
 from harness.models import ModelConfig
-from methods.base import METHODS, Budget, discover, hint
+from methods.base import METHODS, discover, hint
+from methods.budget import Budget
 from methods.formats.integer import WIDTHS
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ def register_configs() -> None:
     for name, budget in named_budgets().items():
         node = _schema(Budget)
         store.store(name=name, node=OmegaConf.merge(node, dataclasses.asdict(budget)), group="budget")
+    store.store(name="bound", node=_schema(Budget), group="budget")  # budget=bound budget.megabytes=3.5
 
 
 def named_budgets() -> dict[str, Budget]:
@@ -106,18 +108,18 @@ def to_cell(config: DictConfig) -> Cell:
     if method is None or method not in METHODS.values():
         raise ValueError(f"method={OmegaConf.to_yaml(config.method)} is no registered method")
     return Cell(
-        model=_part(ModelConfig, config.model, "model"),
-        data=_part(DataConfig, config.data, "data"),
-        method=_part(method, config.method, "method"),
-        budget=_part(Budget, config.budget, "budget"),
-        evaluation=_part(EvalConfig, config.eval, "eval"),
+        model=part(ModelConfig, config.model, "model"),
+        data=part(DataConfig, config.data, "data"),
+        method=part(method, config.method, "method"),
+        budget=part(Budget, config.budget, "budget"),
+        evaluation=part(EvalConfig, config.eval, "eval"),
         seed=config.seed,
     )
 
 
 def to_run(config: DictConfig) -> RunConfig:
     """The settings of this run."""
-    return _part(RunConfig, config.run, "run")
+    return part(RunConfig, config.run, "run")
 
 
 def cell_from_dict(values: Mapping[str, Any]) -> Cell:
@@ -152,7 +154,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     return dataclasses.replace(instance, **changes)
 
 
-def _part(cls: type[T], node: DictConfig, where: str) -> T:
+def part(cls: type[T], node: DictConfig, where: str) -> T:
+    """An instance of a config dataclass from a composed node; see `build`."""
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     return build(cls, values, where)  # type: ignore[arg-type]
 

@@ -1,11 +1,10 @@
-"""Where a number was computed: versions, hardware, threads, git state; and how much memory it took."""
+"""Where a number was computed: versions, hardware, threads, git state."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +23,7 @@ def describe() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -36,23 +35,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def peak_memory_meter() -> Callable[[], int]:
-    """Start watching this process; the returned function gives the peak resident bytes since then.
-
-    Linux can reset its high-water mark; elsewhere the mark of the whole process is returned.
-    """
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        import resource
-
-        unit = 1 if platform.system() == "Darwin" else 1024
-        return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return lambda: next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
-
-
-def _cpu() -> str:
+def cpu() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -22,9 +22,10 @@ from harness.cell import Cell
 from harness.code import code_version
 from harness.data import load_texts, windows
 from harness.evaluate import batch_size, evaluate, reference
+from harness.latency import LatencyTable
 from harness.models import load
 from harness.tasks import run_tasks
-from methods.base import Context, Quantized, Stat, Statistics, Tracker, UniformMethod, no_tracker
+from methods.base import Context, Memo, Meter, Quantized, Stat, Statistics, Tracker, UniformMethod, no_meter, no_tracker
 from methods.network import Network
 
 
@@ -38,6 +39,8 @@ class Clock:
 
     seconds: dict[str, float] = field(default_factory=dict)
     on_phase: Callable[[str], None] = lambda _: None
+    recalled: float = 0.0
+    """Seconds charged for what was not computed."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -53,15 +56,17 @@ class Clock:
         """Add the cost of a value that was found in the cache, and return the value."""
         if entry.found:
             self.seconds[name] = self.seconds.get(name, 0.0) + entry.seconds
+            self.recalled += entry.seconds
         return entry.value
 
 
 class Session:
     """A loaded model with its texts, for cells that agree on `cell.model`, `cell.data` and `cell.seed`."""
 
-    def __init__(self, cell: Cell, cache: Cache, device: str = "cpu") -> None:
+    def __init__(self, cell: Cell, cache: Cache, device: str = "cpu", meter: Meter = no_meter) -> None:
         self.model, self.data, self.seed = cell.model, cell.data, cell.seed
-        self.cache, self.device = cache, torch.device(device)
+        self.cache, self.device, self.meter = cache, torch.device(device), meter
+        self.latency = LatencyTable(cache, self.device)
         loaded = load(cell.model, device)
         self.tokenizer, self.network, self.vocab_size = loaded.tokenizer, loaded.network, loaded.vocab_size
         self.windows = windows(load_texts(cell.data), loaded.tokenizer, cell.data, loaded.context)
@@ -81,8 +86,9 @@ class Session:
         reason = cell.method.supports(self.network, cell.budget)
         if reason is not None:
             raise Unsupported(reason)
+        stats = cell.method.statistics | ({Stat.GRAM} if cell.evaluation.layer_error else frozenset())
         with clock.phase("statistics"):
-            statistics = self._statistics(cell, clock, track)
+            statistics = self.statistics(stats, clock, track)
         with clock.phase("quantize"):
             quantized = self._quantize(cell, statistics, clock, track)
         packed = accounting.packed_copy(self.network, quantized)
@@ -90,17 +96,15 @@ class Session:
         over = _budget_note(cell, self.network, storage["effective_bits"])
         with clock.phase("evaluate"):
             measured = self._evaluate(cell, packed, clock, track)
-        if not cell.evaluation.layer_error:
-            statistics = None
-        layers = accounting.layers(self.network, quantized, statistics)
+        layers = accounting.layers(self.network, quantized, statistics if cell.evaluation.layer_error else None)
         ragged = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
         notes = [note for note in (over, ragged) if note]
         return {**measured, **storage, "layers": layers, "notes": notes}
 
-    def _statistics(self, cell: Cell, clock: Clock, track: Tracker) -> Statistics | None:
-        stats = cell.method.needs | ({Stat.GRAM} if cell.evaluation.layer_error else frozenset())
+    def statistics(self, stats: frozenset[Stat], clock: Clock, track: Tracker = no_tracker) -> Statistics:
+        """Calibration statistics of the full-precision model: collected in one pass, or recalled."""
         if not stats:
-            return None
+            return _no_statistics
 
         def compute() -> dict[str, Tensor]:
             found = collect(self.network, self.windows.calibration.to(self.device), stats, track)
@@ -119,33 +123,33 @@ class Session:
             nested[Stat(stat)][group] = tensor.to(self.device)
         return as_statistics(self.network, nested)
 
-    def _quantize(self, cell: Cell, statistics: Statistics | None, clock: Clock, track: Tracker) -> Quantized:
-        generator = torch.Generator().manual_seed(cell.seed)
+    def memo(self, tokens: Tensor, clock: Clock, phase: str) -> Memo:
+        """Remembers results that depend on the model, the calibration text and `tokens`, and charges their cost."""
 
         def memo(name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-            # The generator ends where it began, so that a remembered result changes nothing that comes after.
-            state = generator.get_state()
             identity = {
                 "weights": self.weights,
-                "tokens": [_digest(self.windows.calibration), _digest(self.windows.scoring)],
+                "tokens": [_digest(self.windows.calibration), _digest(tokens)],
                 "options": dict(options),
-                "seed": cell.seed,
                 "code": code_version(compute.__module__),
             }
-            entry = self.cache(name, identity, compute)
-            generator.set_state(state)
-            return clock.charge("quantize", entry)
+            return clock.charge(phase, self.cache(name, identity, compute, lambda: clock.recalled))
 
+        return memo
+
+    def _quantize(self, cell: Cell, statistics: Statistics, clock: Clock, track: Tracker) -> Quantized:
         working = copy.deepcopy(self.network.model)
         context = Context(
             network=Network(working, self.network.blocks),
             tokens=self.windows.calibration.to(self.device),
             scoring=self.windows.scoring.to(self.device),
-            statistics=statistics or _no_statistics,
+            statistics=statistics,
             budget=cell.budget,
-            generator=generator,
-            memo=memo,
+            generator=torch.Generator().manual_seed(cell.seed),
+            memo=self.memo(self.windows.scoring, clock, "quantize"),
             track=track,
+            meter=self.meter,
+            latency=self.latency,
         )
         return cell.method.quantize(context)
 
@@ -196,8 +200,8 @@ def _budget_note(cell: Cell, network: Network, effective_bits: float) -> str | N
     Raises:
         ValueError: a method that chooses widths stored more than its budget, which is a failure, not a data point.
     """
-    limit = cell.budget.limit(network.shapes)
-    if not cell.method.uses_budget or effective_bits <= limit + 1e-9:
+    limit = cell.budget.limit(network.shapes, network.other_parameters)
+    if not cell.method.uses_budget or limit is None or effective_bits <= limit + 1e-9:
         return None
     excess = f"{cell.method.label} stored {effective_bits:.4f} bits a weight, over the {limit:.4f} of its budget"
     if isinstance(cell.method, UniformMethod):

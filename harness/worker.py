@@ -24,7 +24,8 @@ import torch
 from harness.cache import Cache
 from harness.cell import Cell, make_record
 from harness.config import RunConfig, build, cell_from_dict
-from harness.environment import describe, peak_memory_meter
+from harness.environment import describe
+from harness.memory import MemoryMeter
 from harness.records import DONE, FAILED, SKIPPED, Record, Store, canonical
 from harness.session import Clock, Session, Unsupported
 from methods.base import discover
@@ -39,10 +40,11 @@ class Runner:
     def __init__(self, emit: Callable[..., None] = lambda **_: None) -> None:
         self.emit = emit
         self.session: Session | None = None
+        self.meter = MemoryMeter()
 
     def run(self, cell: Cell, run: RunConfig) -> Record:
         """Compute a cell, write its record, return it. Never raises for what the cell does."""
-        began, peak = time.perf_counter(), peak_memory_meter()
+        began, peak = time.perf_counter(), self.meter()
         clock = Clock(on_phase=lambda phase: self.emit(event="phase", phase=phase))
         status, reason, result = DONE, None, {}
         try:
@@ -66,7 +68,7 @@ class Runner:
         if self.session is None or not self.session.serves(cell):
             self.session = None  # free it before the next is loaded
             with clock.phase("load"):
-                self.session = Session(cell, Cache(run.cache), run.device)
+                self.session = Session(cell, Cache(run.cache), run.device, self.meter)
         return self.session
 
     def _track(self, items: Iterable[T], description: str) -> Iterator[T]:

@@ -7,6 +7,7 @@ devices as any module does, and accounting, export, evaluation and kernels canno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,17 @@ class Packed(nn.Module, ABC):
     shape: tuple[int, int]
     bits: float
     """Nominal width of a code; what is really stored is `stored_bits`."""
+    bias_name: ClassVar[str | None] = None
+    """The buffer with the bias, where `forward` adds one in a form of its own. Biases are counted apart."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:
         """The matrix the codes stand for: fp32 [out, in]."""
 
     def stored_bits(self) -> int:
-        """Bits of everything stored: codes, scales, zeros, outliers, indices, codebooks."""
-        return sum(8 * buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        """Bits of everything stored for the matrix: codes, scales, zeros, outliers, indices, codebooks."""
+        matrix = [buffer for name, buffer in self.named_buffers() if name != self.bias_name]
+        return sum(8 * buffer.numel() * buffer.element_size() for buffer in matrix)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] times the transposed matrix: [..., out], in the dtype of x."""

@@ -19,7 +19,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from kernels.packed import Packed
+from methods.budget import Budget
 from methods.formats.base import Format
-from methods.formats.integer import WIDTHS, Integer
 from methods.network import Network
 
 T = TypeVar("T")
@@ -44,57 +44,10 @@ class Stat(StrEnum):
     """Mean over tokens of |x|: fp32 [in]."""
     MAX_ABS = "max_abs"
     """Maximum over tokens of |x|: fp32 [in]."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may be stored for the quantized linears.
-
-    Either `bits`, the width of a uniform format, or `effective_bits`, a bound on the mean stored bits a weight.
-    """
-
-    bits: int | None = None
-    effective_bits: float | None = None
-    group_size: int = 128
-    """Columns that share a scale; 0 means one scale per output channel."""
-    symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.bits is None) == (self.effective_bits is None):
-            raise ValueError("a budget names either budget.bits or budget.effective_bits, and not both")
-        if self.bits is not None and self.bits not in WIDTHS:
-            raise ValueError(f"budget.bits={self.bits} is outside 2 to 8, the widths that can be packed")
-        if self.group_size < 0:
-            raise ValueError(
-                f"budget.group_size={self.group_size} is not positive; take 32, 64 or 128, or 0 for per channel"
-            )
-
-    @property
-    def name(self) -> str:
-        """Such as `w4g128`, `w4channel-sym` or `b3.25g128`."""
-        width = f"w{self.bits}" if self.bits is not None else f"b{self.effective_bits:g}"
-        group = f"g{self.group_size}" if self.group_size else "channel"
-        return f"{width}{group}{'-sym' if self.symmetric else ''}"
-
-    def format(self, width: int | None = None, **options: Any) -> Integer:
-        """The integer format of this budget, at `width` bits or at its own."""
-        width = self.bits if width is None else width
-        if width is None:
-            raise ValueError(f"budget {self.name} bounds effective bits and names no single width")
-        return Integer(width, self.group_size, self.symmetric, **options)
-
-    def limit(self, shapes: Iterable[tuple[int, int]]) -> float:
-        """Most bits a weight that matrices of these shapes may take on average: what uniform `bits` stores, or
-        `effective_bits`."""
-        if self.effective_bits is not None:
-            return self.effective_bits
-        return effective_bits({(i, s): self.format() for i, s in enumerate(shapes)})
-
-
-def effective_bits(formats: Mapping[tuple[int, tuple[int, int]], Format]) -> float:
-    """Stored bits a weight of matrices in the given formats; keys are (any number, shape [out, in])."""
-    stored = sum(f.stored_bits(shape) for (_, shape), f in formats.items())
-    return stored / sum(out * columns for _, (out, columns) in formats)
+    MEAN = "mean"
+    """Mean over tokens of x: fp32 [in]."""
+    MEAN_SQUARE = "mean_square"
+    """Mean over tokens of x²: fp32 [in]."""
 
 
 class Statistics(Protocol):
@@ -121,6 +74,27 @@ class Tracker(Protocol):
     """Wraps an iterable to show progress."""
 
     def __call__(self, items: Iterable[T], description: str) -> Iterable[T]: ...
+
+
+class Meter(Protocol):
+    """Measures memory."""
+
+    def __call__(self) -> Callable[[], int]:
+        """Start measuring; the returned function gives the peak in bytes since then."""
+        ...
+
+
+def no_meter() -> Callable[[], int]:
+    """Measure nothing: the peak is 0."""
+    return lambda: 0
+
+
+class Latency(Protocol):
+    """A latency table of this machine."""
+
+    def __call__(self, shape: tuple[int, int], fmt: Format) -> float:
+        """Microseconds of one token through a linear of this shape [out, in] in this format."""
+        ...
 
 
 def no_memo(name: str, options: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -157,6 +131,8 @@ class Context:
     generator: torch.Generator
     memo: Memo = no_memo
     track: Tracker = no_tracker
+    meter: Meter = no_meter
+    latency: Latency | None = None
 
 
 @dataclass
@@ -166,6 +142,7 @@ class Quantized:
     Attributes:
         packed: linear name to packed weight; every linear of the network has one.
         parameters: full names and new values of other parameters (norm gains into which scales were folded).
+        inputs: linear name to the width in bits to which its input is rounded at run time, token by token.
         output_scale: linear name to t [out], if row r of the original weight is t_r times the packed row.
         input_scale: linear name to s [in], if the linear's input is divided by s compared with the original model
             and its weights multiplied by s before rounding. Lets errors be measured in original coordinates.
@@ -177,6 +154,17 @@ class Quantized:
     input_scale: dict[str, Tensor] = field(default_factory=dict)
     output_scale: dict[str, Tensor] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The four choices that almost every method is made of, by name."""
+
+    format: str = "integer"
+    transform: str = "none"
+    rounding: str = "nearest"
+    allocation: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -188,10 +176,28 @@ class Method(ABC):
     uses_budget: ClassVar[bool] = True
     """False for a reference that is the same under every budget, and is run once."""
 
+    extra: ClassVar[str] = ""
+    """The optional extra of this project that it needs."""
+
+    @property
+    def parts(self) -> Parts:
+        """What fills the four places; for the table of methods."""
+        return Parts()
+
+    @property
+    def statistics(self) -> frozenset[Stat]:
+        """The calibration statistics that this instance reads."""
+        return self.needs
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules whose code, with all that they import, determines what this instance computes."""
+        return (type(self).__module__,)
+
     @property
     def label(self) -> str:
         """The name and the options that differ from their defaults, such as `hawq_v2 rounding=gptq`."""
-        chosen = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        chosen = [f for f in fields(self) if getattr(self, f.name) != _default(f)]
         return " ".join([self.name, *(f"{f.name}={_plain(getattr(self, f.name))}" for f in chosen)])
 
     def supports(self, network: Network, budget: Budget) -> str | None:
@@ -204,8 +210,14 @@ class Method(ABC):
         """Quantize every linear of `ctx.network`."""
 
 
+def _default(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
 def _plain(value: Any) -> str:
     """A value as one would type it on the command line."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{_plain(item)}" for name, item in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
 
 
@@ -215,16 +227,16 @@ class UniformMethod(Method):
     def supports(self, network: Network, budget: Budget) -> str | None:
         del network
         if budget.bits is None:
-            return f"uniform widths cannot meet a bound of {budget.effective_bits:g} effective bits"
+            return f"a uniform width cannot meet the bound {budget.bound}"
         return None
 
 
 class Registry(dict[str, type[T]]):
-    """Names to classes. Asking for an unknown name suggests near matches."""
+    """Names to classes, filled by the modules of a package. Asking for an unknown name suggests near matches."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, package: str) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.package = kind, package
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator: enter the class under `name` and set its `name` attribute."""
@@ -238,8 +250,17 @@ class Registry(dict[str, type[T]]):
 
         return enter
 
+    def complete(self) -> Registry[T]:
+        """Import every module of the package, so that all that there is has registered itself."""
+        package = importlib.import_module(self.package)
+        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+            importlib.import_module(module.name)
+        return self
+
     def __missing__(self, name: str) -> type[T]:
-        raise ValueError(f"unknown {self.kind} {name!r}: {hint(name, self)}")
+        if name not in self.complete():
+            raise ValueError(f"unknown {self.kind} {name!r}: {hint(name, self)}")
+        return self[name]
 
 
 def hint(name: str, known: Iterable[str]) -> str:
@@ -249,14 +270,6 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known) or 'none'}."
 
 
-METHODS: Registry[Method] = Registry("method")
+METHODS: Registry[Method] = Registry("method", "methods")
 register = METHODS.register
-
-
-def discover() -> Registry[Method]:
-    """Import every module of the `methods` package, so that each method has registered itself."""
-    import methods
-
-    for module in pkgutil.walk_packages(methods.__path__, "methods."):
-        importlib.import_module(module.name)
-    return METHODS
+discover = METHODS.complete

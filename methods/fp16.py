@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from methods.base import Context, Method, Quantized, register
+from methods.base import Context, Method, Parts, Quantized, register
 from methods.formats.dense import Dense
 from methods.pipeline import quantize_network
 from methods.rounding.nearest import Nearest
@@ -17,6 +17,10 @@ class FP16(Method):
     """All linears in 16 bits, whatever the budget."""
 
     uses_budget: ClassVar[bool] = False
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(format=Dense().name)
 
     def quantize(self, ctx: Context) -> Quantized:
         plan = dict.fromkeys(ctx.network.linears, Dense())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.base import Context, Quantized, UniformMethod, register
+from methods.base import Context, Parts, Quantized, UniformMethod, register
 from methods.pipeline import check_stream, quantize_network
 from methods.rounding.gptq import GPTQRounding
 
@@ -32,6 +32,10 @@ class GPTQ(UniformMethod):
     def __post_init__(self) -> None:
         check_stream(self.stream, self.true_sequential)
         self._rounding()
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(rounding="gptq")
 
     def quantize(self, ctx: Context) -> Quantized:
         plan = dict.fromkeys(ctx.network.linears, ctx.budget.format())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.base import Context, register
-from methods.mixed import MixedPrecision
-from methods.sensitivity.base import measure
-from methods.sensitivity.eigenvalue import TopEigenvalue
+from methods.base import register
+from methods.mixed_precision import MixedPrecision
+from methods.sensitivity.omega import HAWQV1Omega
 
 
 @register("hawq_v1")
@@ -21,16 +20,21 @@ class HAWQV1(MixedPrecision):
     (arXiv 1909.05840) does the same.
 
     Args:
-        tolerance, max_iterations, sequences, context: see `methods.sensitivity.eigenvalue`.
+        tolerance, max_iterations, sequences, context, blockwise: see `methods.sensitivity.eigenvalue`.
     """
 
     solver: str = "ordered"
-    tolerance: float = TopEigenvalue.tolerance
-    max_iterations: int = TopEigenvalue.max_iterations
-    sequences: int = TopEigenvalue.sequences
-    context: int = TopEigenvalue.context
+    tolerance: float = HAWQV1Omega.tolerance
+    max_iterations: int = HAWQV1Omega.max_iterations
+    sequences: int = HAWQV1Omega.sequences
+    context: int = HAWQV1Omega.context
+    blockwise: bool = HAWQV1Omega.blockwise
 
-    def scores(self, ctx: Context) -> dict[str, float]:
-        """|λᵢ|."""
-        metric = TopEigenvalue(self.tolerance, self.max_iterations, self.sequences, self.context)
-        return {name: abs(value) for name, value in measure(metric, ctx).values.items()}
+    def sensitivity(self) -> HAWQV1Omega:
+        return HAWQV1Omega(
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            sequences=self.sequences,
+            context=self.context,
+            blockwise=self.blockwise,
+        )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.base import Context, register
-from methods.mixed import MixedPrecision
-from methods.sensitivity.base import measure
-from methods.sensitivity.hutchinson import Hutchinson
+from methods.base import register
+from methods.mixed_precision import MixedPrecision
+from methods.sensitivity.omega import HAWQV2Omega
 
 
 @register("hawq_v2")
@@ -19,14 +18,15 @@ class HAWQV2(MixedPrecision):
     The paper fine-tunes afterwards; here nothing is trained.
 
     Args:
-        tolerance, max_probes, context: see `methods.sensitivity.hutchinson`.
+        tolerance, max_probes, context, blockwise: see `methods.sensitivity.hutchinson`.
     """
 
-    tolerance: float = Hutchinson.tolerance
-    max_probes: int = Hutchinson.max_probes
-    context: int = Hutchinson.context
+    tolerance: float = HAWQV2Omega.tolerance
+    max_probes: int = HAWQV2Omega.max_probes
+    context: int = HAWQV2Omega.context
+    blockwise: bool = HAWQV2Omega.blockwise
 
-    def scores(self, ctx: Context) -> dict[str, float]:
-        """The average trace, tr(Hᵢ)/nᵢ."""
-        trace = measure(Hutchinson(self.tolerance, self.max_probes, self.context), ctx).values
-        return {name: trace[name] / ctx.network.linear(name).weight.numel() for name in ctx.network.linears}
+    def sensitivity(self) -> HAWQV2Omega:
+        return HAWQV2Omega(
+            self.tolerance, self.max_probes, self.context, self.blockwise
+        )

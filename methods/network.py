@@ -101,6 +101,11 @@ class Network:
         """Shapes [out, in] of all linears."""
         return [self.shape(name) for name in self.linears]
 
+    @property
+    def other_parameters(self) -> int:
+        """Number of parameters besides the weights of linears: embeddings, head, norms, biases."""
+        return sum(p.numel() for p in self.model.parameters()) - sum(out * columns for out, columns in self.shapes)
+
     @torch.no_grad()
     def overwrite(self, name: str, weight: Tensor) -> None:
         """Replace a linear's weight in place, keeping its dtype."""
@@ -147,6 +152,21 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter that requires a gradient; restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter in required:
+            parameter.requires_grad_(True)
 
 
 def discover(model: nn.Module, vocab_size: int) -> Network:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import methods.rounding.gptq  # noqa: F401  (registers itself, so that ROUNDINGS is complete)
 from kernels.packed import Packed
 from methods.base import Context, Stat
 from methods.formats.base import Format

@@ -19,6 +19,8 @@ REDUCTIONS: dict[Stat, Callable[[Tensor], Tensor]] = {
     Stat.GRAM: lambda x: x.T @ x / len(x),
     Stat.MEAN_ABS: lambda x: x.abs().mean(0),
     Stat.MAX_ABS: lambda x: x.abs().amax(0),
+    Stat.MEAN: lambda x: x.mean(0),
+    Stat.MEAN_SQUARE: lambda x: x.square().mean(0),
 }
 
 

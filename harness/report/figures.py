@@ -51,11 +51,11 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
             with matplotlib.rc_context(style.FIGURE):
                 figure = draw(section, done, looks)
                 if figure is not None:
-                    paths += _save(figure, folder / f"{kind}_{names[section]}")
+                    paths += save(figure, folder / f"{kind}_{names[section]}")
     return paths
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save(figure: Figure, stem: Path) -> list[Path]:
     """PNG and SVG without dates and versions: the same records give the same bytes."""
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

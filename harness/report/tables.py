@@ -65,17 +65,17 @@ def markdown(displays: list[Display], made: str) -> str:
     """Every section under its own heading."""
     parts = [f"<!-- {made} -->", "# Comparison", LEGEND]
     for shown in displays:
-        cells = shown.cells.map(_markdown_text)
+        cells = shown.cells.map(markdown_text)
         cells[PERPLEXITY] = [
             MARKED[standing].format(text) for text, standing in zip(cells[PERPLEXITY], shown.standing, strict=True)
         ]
-        parts += [f"## {_markdown_text(shown.title)}", _pipe_table(cells)]
-        parts += [f"({i}) {_markdown_text(note.text)}" for i, note in enumerate(shown.notes, 1)]
+        parts += [f"## {markdown_text(shown.title)}", _pipe_table(cells)]
+        parts += [f"({i}) {markdown_text(note.text)}" for i, note in enumerate(shown.notes, 1)]
     return "\n\n".join(parts) + "\n"
 
 
 def _failures_markdown(failures: pd.DataFrame, made: str) -> str:
-    cells = failures.drop(columns="key").astype(str).map(one_line).map(_markdown_text)
+    cells = failures.drop(columns="key").astype(str).map(one_line).map(markdown_text)
     table = _pipe_table(cells, numeric=0) if len(cells) else "No cell failed."
     return "\n\n".join([f"<!-- {made} -->", "# Failures", table]) + "\n"
 
@@ -85,7 +85,7 @@ def _pipe_table(cells: pd.DataFrame, numeric: int = len(COLUMNS)) -> str:
     return cells.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is: neither HTML nor emphasis, links, code, math or table borders."""
     escapes = str.maketrans({mark: f"\\{mark}" for mark in r"\`*_[]|~$"})
     return html.escape(text, quote=False).translate(escapes)

@@ -1,80 +1,106 @@
-"""The contract of an allocation: which format each group of linears gets, under a bound on what is stored."""
+"""The contract of an allocation: which option (a format, or a format with a width of the inputs) each group of
+linears gets, under a bound on what the options cost.
+
+The cost is stored bits where the budget bounds effective bits or bytes; it may as well be BOPs or nanoseconds.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, floor, isfinite
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from methods.base import Registry
-from methods.formats.base import Format
-
-Plan: TypeAlias = dict[str, Format]
 
 ROUNDOFF = 1e-12  # a limit computed as bits / weights, times weights, may fall short of the bits by this much
 
 
+class Option(Hashable, Protocol):
+    """What a group can be given; a `Format` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bits(self) -> float:
+        """Nominal width."""
+        ...
+
+
+O = TypeVar("O", bound=Option)
+
+
 @dataclass(frozen=True)
-class Problem:
-    """Choose one format for each group: least total loss at no more than `limit` stored bits a weight.
+class Problem(Generic[O]):
+    """Choose one option for each group: least total loss at a cost of no more than `limit` a weight.
 
     Attributes:
-        losses: group to format to loss. Any finite numbers: neither positive nor monotone in the width.
-        bits: group to format to stored bits; the same groups and formats as in `losses`.
+        losses: group to option to loss. Any finite numbers: neither positive nor monotone in the width.
+        costs: group to option to cost, in whole bits, BOPs or nanoseconds; groups and options as in `losses`.
         weights: number of weights of all groups together.
-        limit: most stored bits a weight.
-        slack: how far below `limit` a plan may end where another could come closer, in bits a weight.
+        limit: highest cost a weight.
+        slack: how far below `limit` a plan may end where another could come closer, in cost a weight.
+        unit: of the cost a weight, for messages.
+        judge: the measured loss of a whole plan, for solvers that try plans out; the sum of losses by default.
+        seed: of solvers that draw random numbers.
 
     Raises:
-        ValueError: the limit is below what the narrowest formats store, or a loss is not finite.
+        ValueError: the limit is below what the cheapest options cost, or a loss is not finite.
     """
 
-    losses: Mapping[str, Mapping[Format, float]]
-    bits: Mapping[str, Mapping[Format, int]]
+    losses: Mapping[str, Mapping[O, float]]
+    costs: Mapping[str, Mapping[O, int]]
     weights: int
     limit: float
     slack: float = 0.02
+    unit: str = "effective bits"
+    judge: Callable[[Mapping[str, O]], float] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for group, losses in self.losses.items():
-            for fmt, loss in losses.items():
+            for option, loss in losses.items():
                 if not isfinite(loss):
-                    raise ValueError(f"the loss of {group} in {fmt.name} is {loss}; losses must be finite")
+                    raise ValueError(f"the loss of {group} in {option.name} is {loss}; losses must be finite")
         least, most = self.range
         if self.window[1] < least:
             raise ValueError(
-                f"a limit of {self.limit:g} effective bits is out of reach: these formats store "
-                f"{least / self.weights:.4g} to {most / self.weights:.4g} bits a weight"
+                f"a limit of {self.limit:g} {self.unit} is out of reach: these options take "
+                f"{least / self.weights:.4g} to {most / self.weights:.4g} a weight"
             )
 
     @cached_property
     def range(self) -> tuple[int, int]:
-        """Stored bits with every group at its narrowest, and at its widest."""
+        """Cost with every group at its cheapest, and at its dearest."""
         return (
-            sum(min(options.values()) for options in self.bits.values()),
-            sum(max(options.values()) for options in self.bits.values()),
+            sum(min(options.values()) for options in self.costs.values()),
+            sum(max(options.values()) for options in self.costs.values()),
         )
 
     @cached_property
     def window(self) -> tuple[int, int]:
-        """Fewest and most stored bits of a plan that meets the limit.
+        """Lowest and highest cost of a plan that meets the limit.
 
-        A limit beyond the widest formats is met by them alone.
+        A limit beyond the dearest options is met by them alone.
         """
         low = ceil((self.limit - self.slack) * self.weights)
         high = floor(self.limit * self.weights * (1 + ROUNDOFF))
         return min(low, self.range[1]), high
 
-    def size(self, plan: Mapping[str, Format]) -> int:
-        """Stored bits of a plan."""
-        return sum(self.bits[group][fmt] for group, fmt in plan.items())
+    def cost(self, plan: Mapping[str, O]) -> int:
+        """Cost of a plan."""
+        return sum(self.costs[group][option] for group, option in plan.items())
 
-    def loss(self, plan: Mapping[str, Format]) -> float:
-        """Total loss of a plan."""
-        return sum(self.losses[group][fmt] for group, fmt in plan.items())
+    def loss(self, plan: Mapping[str, O]) -> float:
+        """Total loss of a plan: the sum over its groups."""
+        return sum(self.losses[group][option] for group, option in plan.items())
+
+    def measured(self, plan: Mapping[str, O]) -> float:
+        """What `judge` says of a plan."""
+        return self.loss(plan) if self.judge is None else self.judge(plan)
 
 
 @dataclass(frozen=True)
@@ -83,28 +109,35 @@ class Solver(ABC):
 
     name: ClassVar[str]
 
-    def __call__(self, problem: Problem) -> Plan:
-        """The plan inside the problem's window; where groups are too large to hit it, the one below."""
+    def __call__(self, problem: Problem[O]) -> dict[str, O]:
+        """The plan inside the problem's window.
+
+        Where groups are too large to hit the window, it is doubled until a plan is inside. (To take any plan
+        below the limit would leave most of the budget unspent where losses do not fall with the width.)
+        """
         low, high = problem.window
-        plan = self.solve(problem, low, high) or self.solve(problem, 0, high)
+        plan = self.solve(problem, low, high)
+        while plan is None and low > 0:
+            low = max(0, high - 2 * max(high - low, 1))
+            plan = self.solve(problem, low, high)
         if plan is None:
-            raise ValueError(f"the {self.name} solver finds no plan within {problem.limit:g} effective bits")
+            raise ValueError(f"the {self.name} solver finds no plan within {problem.limit:g} {problem.unit}")
         check(problem, plan)
         return plan
 
     @abstractmethod
-    def solve(self, problem: Problem, low: int, high: int) -> Plan | None:
-        """The plan that stores between `low` and `high` bits, both included; None if there is none."""
+    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+        """The plan that costs between `low` and `high`, both included; None if there is none."""
 
 
-SOLVERS: Registry[Solver] = Registry("solver")
+SOLVERS: Registry[Solver] = Registry("solver", "methods.allocation")
 
 
-def check(problem: Problem, plan: Mapping[str, Format]) -> None:
-    """ValueError, if a plan leaves out a group, uses a format not on offer, or stores more than the limit."""
-    for group, options in problem.bits.items():
+def check(problem: Problem[O], plan: Mapping[str, O]) -> None:
+    """ValueError, if a plan leaves out a group, uses an option not on offer, or costs more than the limit."""
+    for group, options in problem.costs.items():
         if plan.get(group) not in options:
-            raise ValueError(f"the plan gives {group} {plan.get(group)}, which is not one of its formats")
-    size = problem.size(plan)
-    if size > problem.window[1]:
-        raise ValueError(f"the plan stores {size / problem.weights:.4f} bits a weight, more than {problem.limit:g}")
+            raise ValueError(f"the plan gives {group} {plan.get(group)}, which is not one of its options")
+    cost = problem.cost(plan)
+    if cost > problem.window[1]:
+        raise ValueError(f"the plan takes {cost / problem.weights:.4f} {problem.unit}, more than {problem.limit:g}")

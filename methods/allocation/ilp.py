@@ -10,12 +10,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from methods.allocation.base import SOLVERS, Plan, Problem, Solver
-from methods.formats.base import Format
+from methods.allocation.base import SOLVERS, O, Problem, Solver
 
 INFEASIBLE = 2  # status of scipy.optimize.milp
 
-SCALE = 1e6  # of the largest difference in cost: HiGHS stops at an absolute gap of 1e-6
+SCALE = 1e6  # of the largest difference in price: HiGHS stops at an absolute gap of 1e-6
 
 
 @SOLVERS.register("ilp")
@@ -23,29 +22,29 @@ SCALE = 1e6  # of the largest difference in cost: HiGHS stops at an absolute gap
 class ILP(Solver):
     """Least total loss, by branch and bound (HiGHS)."""
 
-    def solve(self, problem: Problem, low: int, high: int) -> Plan | None:
-        return minimize(problem, low, high, lambda group, fmt: problem.losses[group][fmt])
+    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+        return minimize(problem, low, high, lambda group, option: problem.losses[group][option])
 
 
 def minimize(
-    problem: Problem,
+    problem: Problem[O],
     low: int,
     high: int,
-    cost: Callable[[str, Format], float],
+    price: Callable[[str, O], float],
     order: Sequence[str] = (),
-) -> Plan | None:
-    """The plan of least total cost that stores between `low` and `high` bits; None if there is none.
+) -> dict[str, O] | None:
+    """The plan of least total price that costs between `low` and `high`; None if there is none.
 
     `order` names groups whose nominal widths must not increase from one to the next.
     """
-    choices = [(group, fmt) for group, options in problem.bits.items() for fmt in options]
+    choices = [(group, option) for group, options in problem.costs.items() for option in options]
     constraints = [_one_each(choices), _between(problem, choices, low, high)]
     if len(order) > 1:
         constraints.append(_not_increasing(choices, order))
-    costs = np.array([cost(group, fmt) for group, fmt in choices])
-    spread = np.ptp(costs) or 1.0
+    prices = np.array([price(group, option) for group, option in choices])
+    spread = np.ptp(prices) or 1.0
     result = milp(
-        (costs - costs.min()) * (SCALE / spread),  # one choice a group: a common offset changes nothing
+        (prices - prices.min()) * (SCALE / spread),  # one choice a group: a common offset changes nothing
         integrality=np.ones(len(choices), dtype=int),
         bounds=Bounds(0, 1),
         constraints=constraints,
@@ -55,29 +54,46 @@ def minimize(
         return None
     if not result.success:
         raise RuntimeError(f"HiGHS: {result.message}")
-    return {group: fmt for (group, fmt), chosen in zip(choices, result.x, strict=True) if chosen > 0.5}
+    return {group: option for (group, option), chosen in zip(choices, result.x, strict=True) if chosen > 0.5}
 
 
-def _one_each(choices: list[tuple[str, Format]]) -> LinearConstraint:
+def relaxation(problem: Problem[O], low: int, high: int) -> float:
+    """Least total loss if groups could be split between options: no plan that costs `low` to `high` loses less.
+
+    The bounds are first narrowed to what whole options can cost, in multiples of their common divisor.
+    """
+    choices = [(group, option) for group, options in problem.costs.items() for option in options]
+    losses = np.array([problem.losses[group][option] for group, option in choices])
+    shift, spread = losses.min(), np.ptp(losses) or 1.0
+    constraints = [_one_each(choices), _between(problem, choices, low, high, room=0)]
+    result = milp((losses - shift) * (SCALE / spread), bounds=Bounds(0, 1), constraints=constraints)
+    if not result.success:
+        raise ValueError(f"no mixture of options costs {low} to {high}; HiGHS says: {result.message}")
+    return float(result.fun * spread / SCALE + shift * len(problem.costs))
+
+
+def _one_each(choices: list[tuple[str, O]]) -> LinearConstraint:
     rows = {group: row for row, group in enumerate(dict(choices))}
     entries = [rows[group] for group, _ in choices]
     matrix = csr_array((np.ones(len(choices)), (entries, range(len(choices)))))
     return LinearConstraint(matrix, 1, 1)
 
 
-def _between(problem: Problem, choices: list[tuple[str, Format]], low: int, high: int) -> LinearConstraint:
+def _between(
+    problem: Problem[O], choices: list[tuple[str, O]], low: int, high: int, room: float = 0.5
+) -> LinearConstraint:
     """In the largest unit that leaves whole numbers, with half a unit of room for the solver's tolerance."""
-    least = {group: min(options.values()) for group, options in problem.bits.items()}
-    extra = [problem.bits[group][fmt] - least[group] for group, fmt in choices]
+    least = {group: min(options.values()) for group, options in problem.costs.items()}
+    extra = [problem.costs[group][option] - least[group] for group, option in choices]
     unit, base = gcd(*extra) or 1, sum(least.values())
-    row = np.array([[bits // unit for bits in extra]], dtype=float)
-    return LinearConstraint(row, -((base - low) // unit) - 0.5, (high - base) // unit + 0.5)
+    row = np.array([[cost // unit for cost in extra]], dtype=float)
+    return LinearConstraint(row, -((base - low) // unit) - room, (high - base) // unit + room)
 
 
-def _not_increasing(choices: list[tuple[str, Format]], order: Sequence[str]) -> LinearConstraint:
+def _not_increasing(choices: list[tuple[str, O]], order: Sequence[str]) -> LinearConstraint:
     """Width of a group minus width of the next in order: at least 0."""
     place = {group: index for index, group in enumerate(order)}
     matrix = np.zeros((len(order), len(choices)))
-    for column, (group, fmt) in enumerate(choices):
-        matrix[place[group], column] = fmt.bits
+    for column, (group, option) in enumerate(choices):
+        matrix[place[group], column] = option.bits
     return LinearConstraint(csr_array(matrix[:-1] - matrix[1:]), 0, np.inf)

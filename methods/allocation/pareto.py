@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from methods.allocation.base import SOLVERS, Plan, Problem, Solver
-from methods.formats.base import Format
+from methods.allocation.base import SOLVERS, O, Problem, Solver
 
 Sizes: TypeAlias = NDArray[np.int64]
 Losses: TypeAlias = NDArray[np.float64]
 Prune: TypeAlias = Callable[[Sizes, Losses], NDArray[np.intp]]
 """Sizes and losses of partial plans, each [plans], to indices of those worth keeping."""
-Step: TypeAlias = tuple[str, list[Format], NDArray[np.intp], NDArray[np.intp]]
+Step: TypeAlias = tuple[str, list[Any], NDArray[np.intp], NDArray[np.intp]]
 """A group, its formats, and of each partial plan kept: which one it extends, and by which format."""
 
 
@@ -38,18 +37,18 @@ class Pareto(Solver):
 
     resolution: int = 100_000
 
-    def solve(self, problem: Problem, low: int, high: int) -> Plan | None:
+    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
         plan = self._search(problem, 0, high, _nondominated)
-        if plan is None or problem.size(plan) >= low:
+        if plan is None or problem.cost(plan) >= low:
             return plan
         # Losses that do not fall with the width leave room: now larger plans that lose more count as well.
         return self._search(problem, low, high, _cheapest_of_each_size)
 
-    def _search(self, problem: Problem, low: int, high: int, prune: Prune) -> Plan | None:
+    def _search(self, problem: Problem[O], low: int, high: int, prune: Prune) -> dict[str, O] | None:
         least, most = problem.range  # what the groups still to come store at least and at most
         sizes, losses = np.zeros(1, dtype=np.int64), np.zeros(1)
         steps: list[Step] = []
-        for group, options in problem.bits.items():
+        for group, options in problem.costs.items():
             least, most = least - min(options.values()), most - max(options.values())
             added = np.array([problem.losses[group][fmt] for fmt in options])
             sizes = np.add.outer(sizes, np.array(list(options.values()))).ravel()
@@ -82,7 +81,7 @@ def _thinned(sizes: Sizes, losses: Losses, count: int) -> NDArray[np.intp]:
     return _cheapest_of_each_size((sizes - sizes.min()) // width, losses)
 
 
-def _trace_back(steps: list[Step], index: int) -> Plan:
+def _trace_back(steps: list[Step], index: int) -> dict[str, Any]:
     plan = {}
     for group, formats, predecessors, choices in reversed(steps):
         plan[group] = formats[choices[index]]

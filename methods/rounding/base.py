@@ -47,4 +47,4 @@ class Rounding(ABC):
         return self.given(gram)(weight, fmt)
 
 
-ROUNDINGS: Registry[Rounding] = Registry("rounding")
+ROUNDINGS: Registry[Rounding] = Registry("rounding", "methods.rounding")

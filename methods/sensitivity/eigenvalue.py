@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from math import copysign
-from time import perf_counter
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from methods.network import Network
-from methods.sensitivity.base import METRICS, Metric, Sensitivity
-from methods.sensitivity.hvp import Product, hessian
+from methods.sensitivity.base import METRICS, Metric, Sensitivity, Subject, exact
+from methods.sensitivity.blockwise import open_hessian
+from methods.sensitivity.hvp import Operator, diagonal_block
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 @METRICS.register("eigenvalue")
 @dataclass(frozen=True)
 class TopEigenvalue(Metric):
-    """The eigenvalue of ∂²loss/∂W² that is largest in magnitude, with its sign, by power iteration.
+    """The top eigenvalue λ of HAWQ (2019): of ∂²loss/∂W², the largest in magnitude, with its sign, by power iteration.
 
     Only the start is random, so the standard error is 0. The Hessian is that of one batch of text.
 
@@ -30,33 +30,40 @@ class TopEigenvalue(Metric):
         max_iterations: Hessian-vector products after which a linear is left as it is.
         sequences: sequences of the text in the batch.
         context: tokens used of each sequence, from its beginning.
+        blockwise: hold one block's graph at a time, for models that do not fit otherwise; each product then runs
+            the blocks again.
     """
+
+    derivatives: ClassVar[int] = 2
 
     tolerance: float = 1e-3
     max_iterations: int = 100
     sequences: int = 2
     context: int = 128
+    blockwise: bool = False
 
     def __post_init__(self) -> None:
         if min(self.max_iterations, self.sequences, self.context) < 1:
             raise ValueError("max_iterations, sequences and context of the top eigenvalue must be positive")
 
-    def __call__(self, network: Network, tokens: Tensor, generator: torch.Generator) -> Sensitivity:
-        started, passes = perf_counter(), 2
-        batch = tokens[: self.sequences, : self.context].to(next(network.model.parameters()).device)
+    def __call__(self, subject: Subject) -> Sensitivity:
+        network, generator = subject.network, subject.generator()
+        batch = subject.tokens[: self.sequences, : self.context].to(next(network.model.parameters()).device)
         values, unconverged = {}, 0
-        with hessian(network, batch, network.linears) as product:
+        opened = open_hessian(network, batch, network.linears, self.blockwise)
+        with subject.cost() as cost, opened as product:
+            cost.passes += 2
             for name in network.linears:
                 weight = network.linear(name).weight
                 start = torch.randn(weight.shape, generator=generator).to(weight.device)
-                values[name], iterations, converged = self._iterate(product, name, start)
-                passes += iterations
+                values[name], iterations, converged = self._iterate(diagonal_block(product, name), start)
+                cost.passes += iterations
                 unconverged += not converged
         negative = sum(value < 0 for value in values.values())
         log.info("top eigenvalues: %d linears, %d negative, %d unconverged", len(values), negative, unconverged)
-        return Sensitivity(values, dict.fromkeys(values, 0.0), perf_counter() - started, passes)
+        return exact(values, cost)
 
-    def _iterate(self, product: Product, linear: str, vector: Tensor) -> tuple[float, int, bool]:
+    def _iterate(self, operator: Operator, vector: Tensor) -> tuple[float, int, bool]:
         """Eigenvalue, products used, and whether it converged.
 
         The magnitude is ‖Hv‖ and only the sign that of vᵀHv: unlike vᵀHv, ‖Hv‖ never decreases and keeps its
@@ -65,7 +72,7 @@ class TopEigenvalue(Metric):
         value = 0.0
         for iteration in range(1, self.max_iterations + 1):
             vector = vector / vector.norm()
-            image = product({linear: vector})[linear]
+            image = operator(vector)
             before, value = value, copysign(float(image.norm()), float(torch.sum(vector * image)))
             if abs(abs(value) - abs(before)) <= self.tolerance * abs(value):
                 return value, iteration, True

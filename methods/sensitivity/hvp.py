@@ -2,12 +2,13 @@
 
 The gradient g of the loss is differentiated once more: Hv = ∂(gᵀv)/∂W (Pearlmutter, 1994). The graph of g is
 built once for a batch of text and serves any number of products; autograd visits only what lies between the
-linears asked for and the loss, so a product for a late block is cheap.
+linears asked for and the loss, so a product for a late block is cheap. Where the graph does not fit into memory,
+`methods.sensitivity.blockwise` gives the same products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeAlias
 
@@ -15,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.network import Network
+from methods.network import Network, frozen
 
 Product: TypeAlias = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Linear names to vectors, shaped like the weights, in; the same names to Hv, shaped likewise, out."""
+
+Operator: TypeAlias = Callable[[Tensor], Tensor]
+"""Multiplies tensors of one shape by a symmetric matrix, each tensor read as one vector."""
 
 
 def mean_loss(network: Network, tokens: Tensor) -> Tensor:
@@ -40,14 +44,10 @@ def hessian(network: Network, tokens: Tensor, linears: Sequence[str]) -> Iterato
     Raises:
         ValueError: weights that are not in fp32, or sequences without a next token.
     """
-    weights = {name: network.linear(name).weight for name in linears}
-    _check(weights, tokens)
-    with ExitStack() as stack:
-        stack.enter_context(network.eager_attention())
-        stack.enter_context(_differentiable(network.model, weights))
-        stack.enter_context(torch.enable_grad())
+    with differentiable(network, tokens, linears) as weights:
         slopes = torch.autograd.grad(mean_loss(network, tokens), list(weights.values()), create_graph=True)
         gradients = dict(zip(weights, slopes, strict=True))
+        del slopes
 
         def product(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             products = torch.autograd.grad(
@@ -58,8 +58,15 @@ def hessian(network: Network, tokens: Tensor, linears: Sequence[str]) -> Iterato
             )
             return dict(zip(vectors, products, strict=True))
 
-        stack.callback(gradients.clear)  # frees the graph even while the caller still holds `product`
-        yield product
+        try:
+            yield product
+        finally:
+            gradients.clear()  # frees the graph even while the caller still holds `product`
+
+
+def diagonal_block(product: Product, linear: str) -> Operator:
+    """The Hessian's diagonal block of one linear."""
+    return lambda vector: product({linear: vector})[linear]
 
 
 def probe(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -68,25 +75,43 @@ def probe(like: Tensor, generator: torch.Generator) -> Tensor:
     return signs.mul_(2).sub_(1).to(like)
 
 
-def _check(weights: Mapping[str, Tensor], tokens: Tensor) -> None:
-    for name, weight in weights.items():
-        if weight.dtype != torch.float32:
-            raise ValueError(f"second derivatives need fp32, and {name} is in {weight.dtype}; load the model in fp32")
+@contextmanager
+def differentiable(network: Network, tokens: Tensor, linears: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """Until the end, the loss over `tokens` can be differentiated twice: evaluation mode, eager attention, and
+    gradients for the weights of `linears` alone, which it gives by name.
+
+    Raises:
+        ValueError: weights that are not in fp32, or sequences without a next token.
+    """
+    _check(network, tokens)
+    weights: dict[str, Tensor] = {name: network.linear(name).weight for name in linears}
+    with ExitStack() as stack:
+        stack.enter_context(network.eager_attention())
+        stack.enter_context(_gradients_for(network.model, weights))
+        stack.enter_context(torch.enable_grad())
+        yield weights
+
+
+def _check(network: Network, tokens: Tensor) -> None:
+    for name in network.linears:
+        dtype = network.linear(name).weight.dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f"second derivatives need fp32, and {name} is in {dtype}; load the model in fp32, or take a "
+                "metric of first derivatives such as gauss_newton"
+            )
     if tokens.shape[1] < 2:
         raise ValueError("the loss is that of the next token; give sequences of at least 2 tokens")
 
 
 @contextmanager
-def _differentiable(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def _gradients_for(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Evaluation mode, and gradients for these weights alone."""
-    training = model.training
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+    with frozen(model):
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)

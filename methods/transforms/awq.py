@@ -10,8 +10,8 @@ not off names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +20,11 @@ from methods.base import Context, Stat
 from methods.formats.base import Format
 from methods.network import Block, Group, Network, hooks
 from methods.stream import BlockStream, Call, first
+from methods.transforms.base import TRANSFORMS, Folds, Transform
 
 RATIOS = tuple(i / 20 for i in range(20))
 SHRINK = tuple(1 - i / 20 for i in range(10))
 CLIP_TOKENS = 512
-
-
-@dataclass
-class Folds:
-    """What the transform changed besides the weights of linears; see `methods.base.Quantized`."""
-
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    input_scale: dict[str, Tensor] = field(default_factory=dict)
-    output_scale: dict[str, Tensor] = field(default_factory=dict)
-
-    def fold(self, network: Network, group: Group, scale: Tensor) -> None:
-        """Fold `scale` [in] into the group's producer and remember it."""
-        changed = {key: value.clone() for key, value in network.fold(group, scale).items()}
-        self.input_scale |= dict.fromkeys(group.linears, scale)
-        if group.producer in network.linears:
-            self.output_scale[group.producer] = scale
-            del changed[f"{group.producer}.weight"]
-        self.parameters |= changed
 
 
 @dataclass
@@ -52,30 +35,42 @@ class _Observed:
     inputs: dict[str, list[Tensor]]  # inputs of the group's linears, [tokens, in]
 
 
-@torch.no_grad()
-def search_and_fold(ctx: Context, plan: Mapping[str, Format], search_sequences: int = 8, clip: bool = True) -> Folds:
-    """Search scales (and clipping thresholds) for every group, and apply them to the network's weights.
+@TRANSFORMS.register("awq")
+@dataclass(frozen=True)
+class AWQScales(Transform):
+    """Scales for every group, then clipping thresholds. Blocks see full-precision activations.
 
-    Blocks see full-precision activations. The first `search_sequences` calibration sequences decide between
-    candidates; the statistic `Stat.MEAN_ABS`, which the method must declare, covers all of them.
+    Args:
+        search_sequences: calibration sequences on which candidate scales are compared; the statistic of the
+            input's magnitudes covers all of them. The official code compares on all 128 × 512 tokens; a few
+            sequences choose nearly the same scales in a fraction of the time.
+        clip: search for clipping thresholds after the scales.
     """
-    folds = Folds()
-    stream = BlockStream(ctx.network, ctx.tokens[:search_sequences])
-    for index, block in enumerate(ctx.track(ctx.network.blocks, "searching scales")):
-        observed, outputs = _observe(stream, index, block)
-        groups = [g for g in block.groups if observed.inputs[g.name]]  # without experts that got no token
-        for group in groups:
-            if group.producer is not None:
-                mean_abs = ctx.statistics(Stat.MEAN_ABS, group.name)
-                scale = search_scale(ctx.network, group, plan, mean_abs, observed.calls[group.name])
-                folds.fold(ctx.network, group, scale)
-        for group in groups if clip else ():
-            x = torch.cat(observed.inputs[group.name])
-            x = x[:: -(-len(x) // CLIP_TOKENS)] / folds.input_scale.get(group.name, 1)
-            for name in clipped_linears(group):
-                ctx.network.overwrite(name, clip_weight(ctx.network.weight(name), plan[name], x))
-        stream.inputs = outputs
-    return folds
+
+    search_sequences: int = 8
+    clip: bool = True
+
+    needs: ClassVar[frozenset[Stat]] = frozenset({Stat.MEAN_ABS})
+
+    @torch.no_grad()
+    def __call__(self, ctx: Context, plan: Mapping[str, Format]) -> Folds:
+        folds = Folds()
+        stream = BlockStream(ctx.network, ctx.tokens[: self.search_sequences])
+        for index, block in enumerate(ctx.track(ctx.network.blocks, "searching scales")):
+            observed, outputs = _observe(stream, index, block)
+            groups = [g for g in block.groups if observed.inputs[g.name]]  # without experts that got no token
+            for group in groups:
+                if group.producer is not None:
+                    mean_abs = ctx.statistics(Stat.MEAN_ABS, group.name)
+                    scale = search_scale(ctx.network, group, plan, mean_abs, observed.calls[group.name])
+                    folds.fold(ctx.network, group, scale)
+            for group in groups if self.clip else ():
+                x = torch.cat(observed.inputs[group.name])
+                x = x[:: -(-len(x) // CLIP_TOKENS)] / folds.input_scale.get(group.name, 1)
+                for name in clipped_linears(group):
+                    ctx.network.overwrite(name, clip_weight(ctx.network.weight(name), plan[name], x))
+            stream.inputs = outputs
+        return folds
 
 
 def search_scale(

@@ -16,6 +16,8 @@ DIRECT: dict[Stat, Callable[[Tensor], Tensor]] = {
     Stat.GRAM: lambda x: torch.stack([torch.outer(row, row) for row in x]).mean(0),
     Stat.MEAN_ABS: lambda x: x.abs().mean(0),
     Stat.MAX_ABS: lambda x: x.abs().amax(0),
+    Stat.MEAN: lambda x: x.mean(0),
+    Stat.MEAN_SQUARE: lambda x: (x**2).mean(0),
 }
 
 

@@ -82,7 +82,7 @@ def test_named_budgets():
         (["budget.bits=9"], r"budget\.bits=9 is outside 2 to 8"),
         (["budget.bits=1"], r"outside 2 to 8"),
         (["budget.group_size=-3"], r"group_size=-3 is not positive"),
-        (["budget.effective_bits=3"], r"either budget\.bits or budget\.effective_bits"),
+        (["budget.effective_bits=3"], r"names one of budget\.bits, .*, not bits and effective_bits"),
         (["data.length=1"], r"data\.length=1"),
         (["method=hawq_v2", "method.rounding=gptqq"], r"unknown rounding 'gptqq': did you mean gptq\?"),
     ],

@@ -11,10 +11,10 @@ from methods.network import Group, Network, hooks
 from methods.transforms.awq import (
     RATIOS,
     SHRINK,
+    AWQScales,
     candidate_scale,
     clip_weight,
     clipped_linears,
-    search_and_fold,
     search_scale,
 )
 
@@ -76,7 +76,7 @@ def test_folding_leaves_the_function_unchanged(network: Network, context: Callab
     before = network.logits(ctx.scoring)
     original = {name: network.weight(name) for name in network.linears}
     norms = {n: p.clone() for n, p in network.model.named_parameters() if p.dim() == 1}
-    folds = search_and_fold(ctx, dict.fromkeys(network.linears, FORMAT), clip=False)
+    folds = AWQScales(clip=False)(ctx, dict.fromkeys(network.linears, FORMAT))
     torch.testing.assert_close(network.logits(ctx.scoring), before, atol=1e-4, rtol=1e-4)
 
     assert any((scale - 1).abs().max() > 0.1 for scale in folds.input_scale.values())
@@ -94,7 +94,7 @@ def test_biases_of_the_producer_are_reported(network: Network, context: Callable
     group = network.blocks[0].groups[-1]
     up = network.linear(str(group.producer))
     up.bias = torch.nn.Parameter(torch.ones(up.out_features))
-    folds = search_and_fold(context(network), dict.fromkeys(network.linears, FORMAT), clip=False)
+    folds = AWQScales(clip=False)(context(network), dict.fromkeys(network.linears, FORMAT))
     assert torch.equal(folds.parameters[f"{group.producer}.bias"], up.bias)
     assert f"{group.producer}.weight" not in folds.parameters
 
@@ -158,7 +158,7 @@ def test_later_blocks_see_the_activations_of_the_full_model(network: Network, co
     group = network.blocks[1].groups[0]
     calls = scope_inputs(network, group, ctx.tokens[:8])
     expected = search_scale(network, group, plan, ctx.statistics(Stat.MEAN_ABS, group.name), calls)
-    folds = search_and_fold(ctx, plan, search_sequences=8)  # clips block 0 before it searches block 1
+    folds = AWQScales(search_sequences=8)(ctx, plan)  # clips block 0 before it searches block 1
     torch.testing.assert_close(folds.input_scale[group.name], expected)
 
 
@@ -167,7 +167,7 @@ def test_queries_and_keys_are_not_clipped(network: Network, context: Callable[..
     assert [name.split(".")[-1] for name in clipped_linears(first)] == ["v_proj"]
     assert all(clipped_linears(group) == group.linears for group in others)
     before = {name: network.weight(name) for name in network.linears}
-    folds = search_and_fold(context(network), dict.fromkeys(network.linears, FORMAT))
+    folds = AWQScales()(context(network), dict.fromkeys(network.linears, FORMAT))
     for name, weight in before.items():
         scale = folds.input_scale.get(name, 1) / folds.output_scale.get(name, torch.ones(1)).unsqueeze(1)
         changed = not torch.allclose(network.weight(name), weight * scale)
@@ -180,7 +180,7 @@ def test_thresholds_are_searched_on_the_scaled_inputs(network: Network, context:
     keep = network.linear(group.name).register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))
     with hooks([keep]):
         network.logits(ctx.tokens[:8])
-    folds = search_and_fold(ctx, dict.fromkeys(network.linears, FORMAT), search_sequences=8)
+    folds = AWQScales(search_sequences=8)(ctx, dict.fromkeys(network.linears, FORMAT))
     scale = folds.input_scale[group.name]
     expected = clip_weight(weight * scale, FORMAT, inputs[0] / scale)
     differently = clip_weight(weight * scale, FORMAT, inputs[0])
@@ -195,7 +195,7 @@ def test_linears_without_a_producer_are_clipped_only(
     group = network.blocks[0].groups[1]
     assert group.producer is None
     before = network.weight(group.name)
-    folds = search_and_fold(context(network), dict.fromkeys(network.linears, FORMAT))
+    folds = AWQScales()(context(network), dict.fromkeys(network.linears, FORMAT))
     assert group.name not in folds.input_scale
     assert (network.weight(group.name).abs() <= before.abs()).all()
     assert not torch.equal(network.weight(group.name), before)
@@ -205,7 +205,7 @@ def test_formats_may_differ_between_linears(network: Network, context: Callable[
     plan = {name: Integer(2 + i % 3, 32) for i, name in enumerate(network.linears)}
     ctx = context(network)
     before = network.logits(ctx.scoring)
-    search_and_fold(ctx, plan, clip=False)
+    AWQScales(clip=False)(ctx, plan)
     torch.testing.assert_close(network.logits(ctx.scoring), before, atol=1e-4, rtol=1e-4)
 
 
@@ -237,4 +237,4 @@ def test_activations_that_overflow_are_reported(network: Network, context: Calla
     group = network.blocks[0].groups[0]
     ctx.statistics = lambda stat, name: torch.full((network.shape(name)[1],), torch.inf)
     with pytest.raises(FloatingPointError, match=group.scope):
-        search_and_fold(ctx, dict.fromkeys(network.linears, FORMAT))
+        AWQScales()(ctx, dict.fromkeys(network.linears, FORMAT))

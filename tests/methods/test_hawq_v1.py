@@ -5,7 +5,8 @@ import pytest
 from methods.base import METHODS, Budget, Context
 from methods.hawq_v1 import HAWQV1
 from methods.network import Network
-from methods.sensitivity.base import measure
+from methods.recipe import Recipe
+from methods.sensitivity.base import Subject
 from methods.sensitivity.eigenvalue import TopEigenvalue
 
 
@@ -20,7 +21,12 @@ def test_widths_follow_the_order_of_eigenvalue_times_squared_error(
     network = small_llama(num_hidden_layers=4)
     ctx = context(network, Budget(effective_bits=4.1, group_size=32))
     scores = {name: 1.0 + i * 37 % 29 for i, name in enumerate(network.linears)}
-    plan = HAWQV1().plan(ctx, scores)
+    method = HAWQV1()
+    losses = {
+        name: {Recipe(ctx.budget.format(width)): omega(ctx, name, scores[name], width) for width in method.bits}
+        for name in network.linears
+    }
+    plan = method.plan(ctx, losses)
     ranking = sorted(
         network.groups, key=lambda group: -sum(omega(ctx, name, scores[name], 2) for name in group.linears)
     )
@@ -29,14 +35,19 @@ def test_widths_follow_the_order_of_eigenvalue_times_squared_error(
     assert len(set(widths)) > 1
 
 
-def test_scores_are_magnitudes_of_eigenvalues(
+def test_the_charge_is_the_magnitude_of_the_eigenvalue_times_the_squared_error(
     small_llama: Callable[..., Network], context: Callable[..., Context]
 ) -> None:
-    network = small_llama()
-    method = HAWQV1(max_iterations=6)
-    signed = measure(TopEigenvalue(max_iterations=6), context(network)).values
+    network, method = small_llama(), HAWQV1(max_iterations=6)
+    ctx = context(network)
+    subject = Subject(network, ctx.scoring, ctx.tokens, method.candidates(ctx.budget), ctx.statistics)
+    signed = subject.measure(TopEigenvalue(max_iterations=6)).values
     assert any(value < 0 for value in signed.values())
-    assert method.scores(context(network)) == {name: abs(value) for name, value in signed.items()}
+    metric = method.sensitivity()
+    losses = metric.losses(subject.measure(metric), network, subject.formats)
+    for name, row in losses.items():
+        for fmt, loss in row.items():
+            assert loss == pytest.approx(omega(ctx, name, abs(signed[name]), int(fmt.bits)), rel=1e-4)
 
 
 def test_a_uniform_budget_allows_what_uniform_widths_store(

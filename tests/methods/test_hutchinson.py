@@ -7,21 +7,21 @@ import torch
 from torch import Tensor
 
 from methods.network import Network
-from methods.sensitivity.base import METRICS
+from methods.sensitivity.base import METRICS, Subject
 from methods.sensitivity.hutchinson import ROUND, Hutchinson
 
 TOKENS = torch.randint(96, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def subject(network: Network, tokens: Tensor = TOKENS, seed: int = 0) -> Subject:
+    return Subject(network, tokens, tokens, (), lambda stat, linear: torch.empty(0), seed)
 
 
 def test_estimates_are_unbiased_and_their_errors_honest(
     minute_llama: Network, dense_hessian: Callable[[Network, Tensor, str], Tensor]
 ) -> None:
     metric = Hutchinson(tolerance=0, max_probes=8)
-    runs = [metric(minute_llama, TOKENS, seeded(seed)) for seed in range(12)]
+    runs = [metric(subject(minute_llama, seed=seed)) for seed in range(12)]
     within = []
     for name in minute_llama.linears:
         truth = float(dense_hessian(minute_llama, TOKENS, name).trace())
@@ -34,14 +34,14 @@ def test_estimates_are_unbiased_and_their_errors_honest(
 
 def test_a_diagonal_hessian_is_exact(quadratic: Callable[..., Network]) -> None:
     network = quadratic({"a": [200.0, 2.0], "b": [200.0, 198.0], "c": [3.0, -7.0]})
-    score = METRICS["hutchinson"]()(network, TOKENS, seeded(0))
+    score = METRICS["hutchinson"]()(subject(network))
     assert score.values == pytest.approx({"a": 202, "b": 398, "c": -4})
     assert score.error == pytest.approx({"a": 0, "b": 0, "c": 0})
 
 
 def test_negative_traces_are_reported(quadratic: Callable[..., Network], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        Hutchinson()(quadratic({"fine": [1.0, 2.0], "bad": [3.0, -7.0]}), TOKENS, seeded(0))
+        Hutchinson()(subject(quadratic({"fine": [1.0, 2.0], "bad": [3.0, -7.0]})))
     assert "1 of 2 Hessian traces are negative: bad" in caplog.text
 
 
@@ -50,7 +50,7 @@ def test_each_linear_stops_when_its_error_is_small(small_llama: Callable[..., Ne
     count = len(network.linears)
 
     def passes(tolerance: float) -> int:
-        return Hutchinson(tolerance, max_probes=24)(network, TOKENS, seeded(0)).passes
+        return Hutchinson(tolerance, max_probes=24)(subject(network)).cost.passes
 
     assert passes(1e9) == ROUND * (2 + count)
     assert passes(0) == 24 * (2 + count)
@@ -58,8 +58,8 @@ def test_each_linear_stops_when_its_error_is_small(small_llama: Callable[..., Ne
 
 
 def test_the_tolerance_holds_for_each_linear(minute_llama: Network) -> None:
-    score = Hutchinson(tolerance=0.5, max_probes=400)(minute_llama, TOKENS, seeded(0))
-    assert score.passes < 400 * len(minute_llama.linears)
+    score = Hutchinson(tolerance=0.5, max_probes=400)(subject(minute_llama))
+    assert score.cost.passes < 400 * len(minute_llama.linears)
     floor = median(abs(value) for value in score.values.values())
     for name, value in score.values.items():
         assert score.error[name] <= 0.5 * max(abs(value), floor)
@@ -69,11 +69,11 @@ def test_only_the_beginning_of_sequences_counts(minute_llama: Network) -> None:
     metric = Hutchinson(max_probes=8, context=5)
     changed = TOKENS.clone()
     changed[:, 5:] = 0
-    assert metric(minute_llama, TOKENS, seeded(0)).values == metric(minute_llama, changed, seeded(0)).values
+    assert metric(subject(minute_llama)).values == metric(subject(minute_llama, changed)).values
 
 
-def test_the_generator_decides(minute_llama: Network) -> None:
-    runs = [Hutchinson(max_probes=8)(minute_llama, TOKENS, seeded(seed)).values for seed in (0, 0, 1)]
+def test_the_seed_decides(minute_llama: Network) -> None:
+    runs = [Hutchinson(max_probes=8)(subject(minute_llama, seed=seed)).values for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
 
 
