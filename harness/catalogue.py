@@ -17,6 +17,7 @@ from rich.table import Table
 from methods.allocation.base import SOLVERS
 from methods.base import METHODS, Method, Registry
 from methods.formats.registry import FORMATS
+from methods.mixed_precision import MixedPrecision
 from methods.rounding.base import ROUNDINGS
 from methods.sensitivity.base import METRICS
 from methods.transforms.base import TRANSFORMS
@@ -28,18 +29,8 @@ CALCULUS = ("", "gradients", "second derivatives (fp32)")
 def methods() -> Iterator[Row]:
     """A row a method: name, the four parts, what it needs, source."""
     for name, cls in sorted(METHODS.complete().items()):
-        method = cls()
-        parts = method.parts
-        needs = [stat.value for stat in sorted(method.statistics)] + _requirements(method)
-        yield (
-            name,
-            parts.format,
-            parts.transform,
-            parts.rounding,
-            parts.allocation,
-            ", ".join(needs) or "–",
-            source(cls),
-        )
+        parts = cls().parts
+        yield name, parts.format, parts.transform, parts.rounding, parts.allocation, _needs(cls()), source(cls)
 
 
 def metrics() -> Iterator[Row]:
@@ -56,10 +47,15 @@ def parts(registry: Registry[Any]) -> Iterator[Row]:
         yield name, summary(cls)
 
 
-def _requirements(method: Method) -> list[str]:
-    metric = getattr(method, "sensitivity", None)
-    order = metric().derivatives if metric is not None else 0
-    return [CALCULUS[order]] if order else []
+def _needs(method: Method) -> str:
+    """Statistics of the calibration text, derivatives of the loss, packages."""
+    needs = [stat.value for stat in sorted(method.statistics)]
+    needs += [f"{stat.value} of the rounded stream" for stat in sorted(ROUNDINGS[method.parts.rounding].needs)]
+    if isinstance(method, MixedPrecision):
+        needs += [word for word in (CALCULUS[method.sensitivity().derivatives],) if word]
+        needs += ["measured losses"] if method.judge_sequences else []
+    needs += [f"the extra [{method.extra}]"] if method.extra else []
+    return ", ".join(needs) or "–"
 
 
 def source(cls: type) -> str:

@@ -27,7 +27,7 @@ class AccuracyAwareMethod(MixedPrecision):
     solver: str = "accuracy_aware"
     judge_sequences: int = 4
     max_drop: float = AccuracyAware.max_drop
-    max_num_iterations: int | None = AccuracyAware.max_num_iterations
+    max_num_iterations: int = AccuracyAware.max_num_iterations
 
     def sensitivity(self) -> OutputMSE:
         return OutputMSE()

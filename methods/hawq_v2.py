@@ -27,6 +27,4 @@ class HAWQV2(MixedPrecision):
     blockwise: bool = HAWQV2Omega.blockwise
 
     def sensitivity(self) -> HAWQV2Omega:
-        return HAWQV2Omega(
-            self.tolerance, self.max_probes, self.context, self.blockwise
-        )
+        return HAWQV2Omega(self.tolerance, self.max_probes, self.context, self.blockwise)

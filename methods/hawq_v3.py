@@ -50,9 +50,7 @@ class HAWQV3(MixedPrecision):
     needs: ClassVar[frozenset[Stat]] = frozenset({Stat.MAX_ABS})
 
     def sensitivity(self) -> HAWQV2Omega:
-        return HAWQV2Omega(
-            self.tolerance, self.max_probes, self.context, self.blockwise
-        )
+        return HAWQV2Omega(self.tolerance, self.max_probes, self.context, self.blockwise)
 
     def candidates(self, budget: Budget) -> tuple[Format, ...]:
         """Symmetric and per channel, whatever the budget's formats are."""

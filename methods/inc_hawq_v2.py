@@ -32,9 +32,7 @@ class INCHAWQV2(MixedPrecision):
     blockwise: bool = INCTrace.blockwise
 
     def sensitivity(self) -> INCTrace:
-        return INCTrace(
-            self.tolerance, self.max_probes, self.context, self.blockwise
-        )
+        return INCTrace(self.tolerance, self.max_probes, self.context, self.blockwise)
 
     def allocation(self) -> Fallback:
         return Fallback(as_shipped=self.as_shipped)

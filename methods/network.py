@@ -88,8 +88,15 @@ class Network:
         return module
 
     def weight(self, name: str) -> Tensor:
-        """A detached fp32 copy of a linear's weight [out, in]."""
-        return self.linear(name).weight.detach().to(torch.float32, copy=True)
+        """A detached fp32 copy of a linear's weight [out, in].
+
+        Raises:
+            ValueError: the weight is not in memory.
+        """
+        weight = self.linear(name).weight
+        if weight.is_meta:
+            raise ValueError(f"the weight of {name} is offloaded; load the model without offloading")
+        return weight.detach().to(torch.float32, copy=True)
 
     def shape(self, name: str) -> tuple[int, int]:
         """[out, in] of a linear."""

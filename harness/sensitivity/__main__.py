@@ -38,7 +38,8 @@ from methods.fp16 import FP16
 from methods.sensitivity.base import METRICS, Metric
 from methods.sensitivity.measured import Measured
 
-console = Console()
+console = Console(width=max(150, Console().width))  # a narrow window wraps; no number is cut
+TRUTH = {"sequences": 32, "context": 256}  # more text than a metric of the same kind takes: it is the reference
 
 
 @dataclass
@@ -99,7 +100,7 @@ def chosen(names: Any, options: dict[str, dict[str, Any]]) -> tuple[list[Metric]
             raise ValueError(f"unknown metric options.{name}: {hint(name, known)}")
     wanted = sorted(METRICS) if names == "all" else [names] if isinstance(names, str) else list(names)
     metrics = [build(METRICS[name], options.get(name, {}), f"options.{name}") for name in wanted]
-    return metrics, build(Measured, options.get("truth", {}), "options.truth")
+    return metrics, build(Measured, TRUTH | options.get("truth", {}), "options.truth")
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.completion import cheapest, completed, dearest, reachable, reverted
 
 
@@ -34,7 +34,7 @@ class AccuracyAware(Solver):
     max_drop: float = 0.0
     max_num_iterations: int = 0
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         if not reachable(problem, low, high):
             return None
         plan, ranked = self._search(problem, high)
@@ -44,7 +44,7 @@ class AccuracyAware(Solver):
             plan = reverted(problem, plan, group, high) or plan
         return completed(problem, plan, low, high)
 
-    def _search(self, problem: Problem[O], high: int) -> tuple[dict[str, O], list[str]]:
+    def _search(self, problem: Problem[Choice], high: int) -> tuple[dict[str, Choice], list[str]]:
         """The plan at the end of the search, and the groups not tried since the last ranking, best first."""
         plan = cheapest(problem)
         loss = problem.measured(plan)
@@ -67,7 +67,9 @@ class AccuracyAware(Solver):
         return plan, ranked
 
 
-def _ranked(problem: Problem[O], plan: dict[str, O], loss: float, groups: Iterable[str], high: int) -> list[str]:
+def _ranked(
+    problem: Problem[Choice], plan: dict[str, Choice], loss: float, groups: Iterable[str], high: int
+) -> list[str]:
     """The groups that can be reverted, those whose reversal alone lowers the loss most first."""
     trials = {group: reverted(problem, plan, group, high) for group in groups}
     gains = {group: loss - problem.measured(trial) for group, trial in trials.items() if trial is not None}

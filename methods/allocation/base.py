@@ -30,11 +30,11 @@ class Option(Hashable, Protocol):
         ...
 
 
-O = TypeVar("O", bound=Option)
+Choice = TypeVar("Choice", bound=Option)
 
 
 @dataclass(frozen=True)
-class Problem(Generic[O]):
+class Problem(Generic[Choice]):
     """Choose one option for each group: least total loss at a cost of no more than `limit` a weight.
 
     Attributes:
@@ -51,13 +51,13 @@ class Problem(Generic[O]):
         ValueError: the limit is below what the cheapest options cost, or a loss is not finite.
     """
 
-    losses: Mapping[str, Mapping[O, float]]
-    costs: Mapping[str, Mapping[O, int]]
+    losses: Mapping[str, Mapping[Choice, float]]
+    costs: Mapping[str, Mapping[Choice, int]]
     weights: int
     limit: float
     slack: float = 0.02
     unit: str = "effective bits"
-    judge: Callable[[Mapping[str, O]], float] | None = None
+    judge: Callable[[Mapping[str, Choice]], float] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,17 +90,24 @@ class Problem(Generic[O]):
         high = floor(self.limit * self.weights * (1 + ROUNDOFF))
         return min(low, self.range[1]), high
 
-    def cost(self, plan: Mapping[str, O]) -> int:
+    def cost(self, plan: Mapping[str, Choice]) -> int:
         """Cost of a plan."""
         return sum(self.costs[group][option] for group, option in plan.items())
 
-    def loss(self, plan: Mapping[str, O]) -> float:
+    def loss(self, plan: Mapping[str, Choice]) -> float:
         """Total loss of a plan: the sum over its groups."""
         return sum(self.losses[group][option] for group, option in plan.items())
 
-    def measured(self, plan: Mapping[str, O]) -> float:
-        """What `judge` says of a plan."""
-        return self.loss(plan) if self.judge is None else self.judge(plan)
+    def measured(self, plan: Mapping[str, Choice]) -> float:
+        """What `judge` says of a plan.
+
+        Raises:
+            FloatingPointError: that is no number.
+        """
+        loss = self.loss(plan) if self.judge is None else self.judge(plan)
+        if not isfinite(loss):
+            raise FloatingPointError(f"the measured loss of a plan is {loss}; offer wider options or other text")
+        return loss
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class Solver(ABC):
 
     name: ClassVar[str]
 
-    def __call__(self, problem: Problem[O]) -> dict[str, O]:
+    def __call__(self, problem: Problem[Choice]) -> dict[str, Choice]:
         """The plan inside the problem's window.
 
         Where groups are too large to hit the window, it is doubled until a plan is inside. (To take any plan
@@ -126,14 +133,14 @@ class Solver(ABC):
         return plan
 
     @abstractmethod
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         """The plan that costs between `low` and `high`, both included; None if there is none."""
 
 
 SOLVERS: Registry[Solver] = Registry("solver", "methods.allocation")
 
 
-def check(problem: Problem[O], plan: Mapping[str, O]) -> None:
+def check(problem: Problem[Choice], plan: Mapping[str, Choice]) -> None:
     """ValueError, if a plan leaves out a group, uses an option not on offer, or costs more than the limit."""
     for group, options in problem.costs.items():
         if plan.get(group) not in options:

@@ -10,7 +10,7 @@ from math import gcd, inf
 import numpy as np
 from numpy.typing import NDArray
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.completion import cheapest, completed
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Uniform(Solver):
     fits. The round that ends inside the window is the last.
     """
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         ladders = {group: _by_width(problem, group) for group in problem.costs}
         plan = cheapest(problem)
         before = None
@@ -34,11 +34,13 @@ class Uniform(Solver):
         return completed(problem, plan, low, high)
 
 
-def _by_width(problem: Problem[O], group: str) -> list[O]:
+def _by_width(problem: Problem[Choice], group: str) -> list[Choice]:
     return sorted(problem.costs[group], key=lambda option: (option.bits, problem.costs[group][option]))
 
 
-def _raised_once(problem: Problem[O], plan: dict[str, O], ladders: dict[str, list[O]], high: int) -> dict[str, O]:
+def _raised_once(
+    problem: Problem[Choice], plan: dict[str, Choice], ladders: dict[str, list[Choice]], high: int
+) -> dict[str, Choice]:
     plan, cost = dict(plan), problem.cost(plan)
     for group, options in ladders.items():
         costs, at = problem.costs[group], plan[group]
@@ -64,7 +66,7 @@ class Random(Solver):
     resolution: int = 1 << 14
     draws: int = 1000
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         least, _ = problem.range
         options = {group: list(costs) for group, costs in problem.costs.items()}
         extra = [np.array(list(costs.values())) - min(costs.values()) for costs in problem.costs.values()]
@@ -75,7 +77,7 @@ class Random(Solver):
         if not ways[0].size or ways[0][0] == -inf:
             return None
         rng = np.random.default_rng(problem.seed)
-        plan: dict[str, O] = {}
+        plan: dict[str, Choice] = {}
         for _ in range(self.draws):
             choices = _draw(rounded, ways, rng)
             plan = {group: options[group][choice] for group, choice in zip(options, choices, strict=True)}

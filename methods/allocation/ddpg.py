@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.completion import by_cost, completed, dearest, reachable
 from methods.allocation.controls import Uniform
 
@@ -55,7 +55,7 @@ class DDPGAgent(Solver):
     noise: float = 0.5
     noise_decay: float = 0.99
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         if not reachable(problem, low, high):
             return None
         walk = Walk(problem, low, high)
@@ -64,14 +64,15 @@ class DDPGAgent(Solver):
             agent.learn(self.episodes * len(problem.costs))
         return walk.best if walk.best is not None else completed(problem, walk.plan, low, high)
 
-    def _agent(self, walk: Walk[O], seed: int) -> Any:
+    def _agent(self, walk: Walk[Choice], seed: int) -> Any:
         """An agent of stable-baselines3 in front of the walk."""
         try:
             from stable_baselines3 import DDPG
         except ImportError as error:
             raise ImportError("the autoq solver needs stable-baselines3: pip install 'hawq-bench[rl]'") from error
         groups = len(walk.problem.costs)
-        agent = DDPG(
+        exploration: Any = Noise(self.noise, self.noise_decay, self.warm_up, np.random.default_rng(seed))
+        agent: Any = DDPG(
             "MlpPolicy",
             _environment(walk),
             buffer_size=self.memory * groups,
@@ -82,7 +83,7 @@ class DDPGAgent(Solver):
             gamma=1.0,
             train_freq=(1, "episode"),
             gradient_steps=-1,  # as many as the episode had steps
-            action_noise=Noise(self.noise, self.noise_decay, self.warm_up, np.random.default_rng(seed)),
+            action_noise=exploration,
             policy_kwargs={"net_arch": [self.hidden, self.hidden]},
             seed=seed,
             device="cpu",
@@ -96,7 +97,7 @@ class DDPGAgent(Solver):
 
 
 @dataclass
-class Walk(Generic[O]):
+class Walk(Generic[Choice]):
     """One episode after another over the groups of a problem.
 
     Attributes:
@@ -104,11 +105,11 @@ class Walk(Generic[O]):
         best: the best plan so far that costs between `low` and `high`.
     """
 
-    problem: Problem[O]
+    problem: Problem[Choice]
     low: int
     high: int
-    plan: dict[str, O] = field(default_factory=dict)
-    best: dict[str, O] | None = None
+    plan: dict[str, Choice] = field(default_factory=dict)
+    best: dict[str, Choice] | None = None
 
     def __post_init__(self) -> None:
         self.ladders = {group: by_cost(self.problem, group) for group in self.problem.costs}
@@ -200,7 +201,7 @@ class Noise:
         self.episode += 1
 
 
-def _features(problem: Problem[O], ladders: dict[str, list[O]]) -> NDArray[np.float64]:
+def _features(problem: Problem[Choice], ladders: dict[str, list[Choice]]) -> NDArray[np.float64]:
     """Place in the network, log of the lowest and of the highest cost, loss at each of the two: each scaled to
     [0, 1] over the groups. Losses, which may be negative, go through asinh, a logarithm for large values."""
     ends = [(group, options[0], options[-1]) for group, options in ladders.items()]

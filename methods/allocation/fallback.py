@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.completion import cheapest, completed, reverted
 
 
@@ -27,7 +27,7 @@ class Fallback(Solver):
 
     as_shipped: bool = False
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         plan = cheapest(problem)
         order = sorted(plan, key=lambda group: problem.losses[group][plan[group]], reverse=not self.as_shipped)
         visited = [plan]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.completion import by_cost, cheapest, completed
 
 
 @dataclass(frozen=True)
-class Step(Generic[O]):
+class Step(Generic[Choice]):
     """One group goes to a dearer option.
 
     Attributes:
@@ -19,7 +19,7 @@ class Step(Generic[O]):
     """
 
     group: str
-    option: O
+    option: Choice
     cost: int
     slope: float
 
@@ -40,7 +40,7 @@ class Greedy(Solver):
     would have gained.
     """
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         plan = cheapest(problem)
         cost = problem.cost(plan)
         for step in hull_steps(problem):
@@ -51,15 +51,15 @@ class Greedy(Solver):
         return completed(problem, _filled(problem, plan, low, high), low, high)
 
 
-def hull_steps(problem: Problem[O]) -> list[Step[O]]:
+def hull_steps(problem: Problem[Choice]) -> list[Step[Choice]]:
     """All steps along the lower convex hulls of the groups' (cost, loss), from the cheapest options on, the steepest
     fall first. A group's own steps come in its order."""
     steps = [step for group in problem.costs for step in _hull(problem, group)]
     return sorted(steps, key=lambda step: step.slope)
 
 
-def _hull(problem: Problem[O], group: str) -> list[Step[O]]:
-    hull: list[Step[O]] = []
+def _hull(problem: Problem[Choice], group: str) -> list[Step[Choice]]:
+    hull: list[Step[Choice]] = []
     before = [by_cost(problem, group)[0]]  # option before each step, and after the last
     for option in by_cost(problem, group)[1:]:
         while True:
@@ -74,7 +74,7 @@ def _hull(problem: Problem[O], group: str) -> list[Step[O]]:
     return hull
 
 
-def _step(problem: Problem[O], group: str, start: O, option: O) -> Step[O] | None:
+def _step(problem: Problem[Choice], group: str, start: Choice, option: Choice) -> Step[Choice] | None:
     """From one option to another; None if that is not dearer."""
     cost = problem.costs[group][option] - problem.costs[group][start]
     if cost <= 0:
@@ -83,7 +83,7 @@ def _step(problem: Problem[O], group: str, start: O, option: O) -> Step[O] | Non
     return Step(group, option, cost, gained / cost)
 
 
-def _filled(problem: Problem[O], plan: dict[str, O], low: int, high: int) -> dict[str, O]:
+def _filled(problem: Problem[Choice], plan: dict[str, Choice], low: int, high: int) -> dict[str, Choice]:
     cost = problem.cost(plan)
     while True:
         steps = (_step(problem, group, plan[group], option) for group in plan for option in problem.costs[group])

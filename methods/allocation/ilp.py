@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 
 INFEASIBLE = 2  # status of scipy.optimize.milp
 
@@ -22,17 +22,17 @@ SCALE = 1e6  # of the largest difference in price: HiGHS stops at an absolute ga
 class ILP(Solver):
     """Least total loss, by branch and bound (HiGHS)."""
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         return minimize(problem, low, high, lambda group, option: problem.losses[group][option])
 
 
 def minimize(
-    problem: Problem[O],
+    problem: Problem[Choice],
     low: int,
     high: int,
-    price: Callable[[str, O], float],
+    price: Callable[[str, Choice], float],
     order: Sequence[str] = (),
-) -> dict[str, O] | None:
+) -> dict[str, Choice] | None:
     """The plan of least total price that costs between `low` and `high`; None if there is none.
 
     `order` names groups whose nominal widths must not increase from one to the next.
@@ -57,7 +57,7 @@ def minimize(
     return {group: option for (group, option), chosen in zip(choices, result.x, strict=True) if chosen > 0.5}
 
 
-def relaxation(problem: Problem[O], low: int, high: int) -> float:
+def relaxation(problem: Problem[Choice], low: int, high: int) -> float:
     """Least total loss if groups could be split between options: no plan that costs `low` to `high` loses less.
 
     The bounds are first narrowed to what whole options can cost, in multiples of their common divisor.
@@ -72,7 +72,7 @@ def relaxation(problem: Problem[O], low: int, high: int) -> float:
     return float(result.fun * spread / SCALE + shift * len(problem.costs))
 
 
-def _one_each(choices: list[tuple[str, O]]) -> LinearConstraint:
+def _one_each(choices: list[tuple[str, Choice]]) -> LinearConstraint:
     rows = {group: row for row, group in enumerate(dict(choices))}
     entries = [rows[group] for group, _ in choices]
     matrix = csr_array((np.ones(len(choices)), (entries, range(len(choices)))))
@@ -80,7 +80,7 @@ def _one_each(choices: list[tuple[str, O]]) -> LinearConstraint:
 
 
 def _between(
-    problem: Problem[O], choices: list[tuple[str, O]], low: int, high: int, room: float = 0.5
+    problem: Problem[Choice], choices: list[tuple[str, Choice]], low: int, high: int, room: float = 0.5
 ) -> LinearConstraint:
     """In the largest unit that leaves whole numbers, with half a unit of room for the solver's tolerance."""
     least = {group: min(options.values()) for group, options in problem.costs.items()}
@@ -90,7 +90,7 @@ def _between(
     return LinearConstraint(row, -((base - low) // unit) - room, (high - base) // unit + room)
 
 
-def _not_increasing(choices: list[tuple[str, O]], order: Sequence[str]) -> LinearConstraint:
+def _not_increasing(choices: list[tuple[str, Choice]], order: Sequence[str]) -> LinearConstraint:
     """Width of a group minus width of the next in order: at least 0."""
     place = {group: index for index, group in enumerate(order)}
     matrix = np.zeros((len(order), len(choices)))

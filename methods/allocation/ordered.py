@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.ilp import minimize
 
 
@@ -24,18 +24,18 @@ class Ordered(Solver):
     HAWQ orders blocks of layers rather than layers: what a group is, the caller decides.
     """
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         narrowest = {group: min(options, key=lambda option: option.bits) for group, options in problem.costs.items()}
         order = sorted(narrowest, key=lambda group: problem.losses[group][narrowest[group]], reverse=True)
         flat = uniform_width(problem, high)
 
-        def unevenness(group: str, option: O) -> float:
+        def unevenness(group: str, option: Choice) -> float:
             return problem.costs[group][narrowest[group]] * (option.bits - flat) ** 2
 
         return minimize(problem, low, high, unevenness, order)
 
 
-def uniform_width(problem: Problem[O], high: int) -> float:
+def uniform_width(problem: Problem[Choice], high: int) -> float:
     """The width at which all groups together would cost `high`, interpolated between the widths on offer.
 
     Within the range of these widths. Where costs do not rise with the width, the largest such width.
@@ -52,7 +52,7 @@ def uniform_width(problem: Problem[O], high: int) -> float:
     return float(widths[last] + share * (widths[last + 1] - widths[last]))
 
 
-def _cost_at(problem: Problem[O], width: float) -> float:
+def _cost_at(problem: Problem[Choice], width: float) -> float:
     """Cost of all groups at one width; a group that does not offer it counts between its neighboring widths."""
     total = 0.0
     for options in problem.costs.values():

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 
 Sizes: TypeAlias = NDArray[np.int64]
 Losses: TypeAlias = NDArray[np.float64]
@@ -37,14 +37,14 @@ class Pareto(Solver):
 
     resolution: int = 100_000
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         plan = self._search(problem, 0, high, _nondominated)
         if plan is None or problem.cost(plan) >= low:
             return plan
         # Losses that do not fall with the width leave room: now larger plans that lose more count as well.
         return self._search(problem, low, high, _cheapest_of_each_size)
 
-    def _search(self, problem: Problem[O], low: int, high: int, prune: Prune) -> dict[str, O] | None:
+    def _search(self, problem: Problem[Choice], low: int, high: int, prune: Prune) -> dict[str, Choice] | None:
         least, most = problem.range  # what the groups still to come store at least and at most
         sizes, losses = np.zeros(1, dtype=np.int64), np.zeros(1)
         steps: list[Step] = []

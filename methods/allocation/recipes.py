@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.completion import by_cost
 from methods.allocation.ilp import minimize
 
@@ -25,12 +25,12 @@ class LinearProgramme(Solver):
     window is optimal with it.
     """
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         scores = {group: monotone(problem, group) for group in problem.losses}
         return minimize(problem, low, high, lambda group, option: scores[group][option])
 
 
-def monotone(problem: Problem[O], group: str) -> dict[O, float]:
+def monotone(problem: Problem[Choice], group: str) -> dict[Choice, float]:
     """Option to the least loss among the options of the group that cost no more."""
     options = by_cost(problem, group)
     return dict(zip(options, accumulate((problem.losses[group][option] for option in options), min), strict=True))

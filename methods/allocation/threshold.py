@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from methods.allocation.base import SOLVERS, O, Problem, Solver
+from methods.allocation.base import SOLVERS, Choice, Problem, Solver
 from methods.allocation.completion import by_cost, completed
 
 
@@ -28,7 +28,7 @@ class Threshold(Solver):
 
     fill: bool = True
 
-    def solve(self, problem: Problem[O], low: int, high: int) -> dict[str, O] | None:
+    def solve(self, problem: Problem[Choice], low: int, high: int) -> dict[str, Choice] | None:
         levels = sorted({loss for losses in problem.losses.values() for loss in losses.values()})
         # The cost falls as the level rises, down to that of the cheapest options, which fits.
         first = bisect_left(levels, True, key=lambda level: problem.cost(below(problem, level)) <= high)
@@ -38,7 +38,7 @@ class Threshold(Solver):
         return plan if problem.cost(plan) >= low else None
 
 
-def below(problem: Problem[O], level: float) -> dict[str, O]:
+def below(problem: Problem[Choice], level: float) -> dict[str, Choice]:
     """The cheapest plan in which each group loses no more than `level`, or as little as it can."""
     plan = {}
     for group, losses in problem.losses.items():
@@ -47,7 +47,7 @@ def below(problem: Problem[O], level: float) -> dict[str, O]:
     return plan
 
 
-def _filled(problem: Problem[O], plan: dict[str, O], high: int) -> dict[str, O]:
+def _filled(problem: Problem[Choice], plan: dict[str, Choice], high: int) -> dict[str, Choice]:
     plan, cost, open_groups = dict(plan), problem.cost(plan), list(plan)
     while open_groups:
         worst = max(open_groups, key=lambda group: problem.losses[group][plan[group]])

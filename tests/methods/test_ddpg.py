@@ -93,6 +93,17 @@ def test_a_better_plan_has_a_higher_reward_and_uniform_has_none() -> None:
     assert given.loss(episode.best) == found[0][0]
 
 
+def test_a_plan_tried_before_is_not_measured_again() -> None:
+    calls = []
+    episode = walk(problem(judge=lambda plan: float(len(calls.append(plan) or calls))))
+    rewards = []
+    for _ in range(3):
+        episode.reset()
+        rewards.append([episode.step(0.4)[1] for _ in range(5)][-1])
+    assert len(calls) == 2 + 1, "the uniform plan and the dearest one, which scale the reward, and this one"
+    assert rewards == rewards[:1] * 3
+
+
 def test_states_hold_the_features_of_the_next_group_and_the_previous_action() -> None:
     losses = {f"g{i}": {f: (i - 2.0) * 100**i * 4.0**-f.width for f in FORMATS} for i in range(5)}
     episode = walk(Problem(losses, problem().costs, problem().weights, 3.5))

@@ -1,0 +1,1 @@
+"""What the methods cost: measurements of time and memory, beside other implementations."""
