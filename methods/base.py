@@ -227,7 +227,7 @@ class UniformMethod(Method):
     def supports(self, network: Network, budget: Budget) -> str | None:
         del network
         if budget.bits is None:
-            return f"a uniform width cannot meet the bound {budget.bound}"
+            return f"uniform widths cannot meet a bound of {budget.bound}"
         return None
 
 

@@ -51,20 +51,25 @@ class Budget:
     @property
     def name(self) -> str:
         """Such as `w4g128`, `w4channel-sym`, `b3.25g128` or `3.5MBg128`."""
-        width = f"w{self.bits}" if self.bits is not None else self.bound
+        width = f"w{self.bits}" if self.bits is not None else BOUNDS[self._bound[0]].format(self._bound[1])
         group = f"g{self.group_size}" if self.group_size else "channel"
         return f"{width}{group}{'-sym' if self.symmetric else ''}"
 
     @property
     def bound(self) -> str:
-        """What is bounded, and by how much; empty for a uniform width."""
-        return next((form.format(v) for n, form in BOUNDS.items() if (v := getattr(self, n)) is not None), "")
+        """What is bounded, in words, such as `3.25 effective bits`."""
+        name, value = self._bound
+        return f"{value:g} {name.replace('_', ' ')}"
+
+    @property
+    def _bound(self) -> tuple[str, float]:
+        return next((name, value) for name in BOUNDS if (value := getattr(self, name)) is not None)
 
     def format(self, width: int | None = None, **options: Any) -> Integer:
         """The integer format of this budget, at `width` bits or at its own."""
         width = self.bits if width is None else width
         if width is None:
-            raise ValueError(f"budget {self.name} bounds {self.bound} and names no single width")
+            raise ValueError(f"budget {self.name} is a bound of {self.bound} and names no single width")
         return Integer(width, self.group_size, self.symmetric, **options)
 
     def limit(self, shapes: Iterable[tuple[int, int]], other_parameters: int = 0) -> float | None:

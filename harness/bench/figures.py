@@ -1,0 +1,80 @@
+"""Figures of measured costs."""
+
+from __future__ import annotations
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from harness.report import style
+from harness.report.figures import INK
+
+UNIT = "forward"
+"""The row that others are read against: a plain forward pass over the same text."""
+PANELS = {"seconds": "seconds", "extra_gb": "peak memory beyond the model, GB"}
+MARKS = "bars: fastest and slowest run; a line ends where the next size would not have fitted into the limits"
+
+
+def cost_against_size(frame: pd.DataFrame, title: str) -> Figure:
+    """Seconds (above) and peak memory beyond the model (below) against parameters, log-log; a column a length.
+
+    Args:
+        frame: what `scaling.run` returned.
+    """
+    measured = frame[frame["status"] == "measured"].assign(extra_gb=lambda rows: rows["extra_bytes"] / 1e9)
+    lengths = sorted(measured["length"].unique())
+    names = list(measured["row"].unique())
+    looks = style.looks({name: name for name in names if name != UNIT})
+    with matplotlib.rc_context(style.FIGURE):
+        figure = Figure(figsize=(2.4 + 2.9 * len(lengths), 6.4))
+        panels = figure.subplots(len(PANELS), len(lengths), sharex=True, sharey="row", squeeze=False)
+        for line, (column, label) in zip(panels, PANELS.items(), strict=True):
+            line[0].set_ylabel(label)
+            for axis, length in zip(line, lengths, strict=True):
+                rows = measured[measured["length"] == length]
+                _unit(axis, rows[rows["row"] == UNIT], column)
+                for name, look in looks.items():
+                    _line(axis, rows[rows["row"] == name], column, name, look)
+                _scales(axis, measured)
+        for axis, length in zip(panels[0], lengths, strict=True):
+            axis.set_title(f"{length} tokens a sequence", fontsize="medium")
+        for axis in panels[-1]:
+            axis.set_xlabel("parameters in linears")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize="medium")
+        figure.supxlabel(MARKS, fontsize="x-small", color=INK)
+        handles = {label: handle for axis in panels[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small", handlelength=3.0)
+    return figure
+
+
+def _line(axis: Axes, rows: pd.DataFrame, column: str, name: str, look: style.Look) -> None:
+    rows = rows[rows[column] > 0]  # what a small model takes may lie below what the process held anyway
+    if column == "seconds":
+        bars = [rows["seconds"] - rows["seconds_low"], rows["seconds_high"] - rows["seconds"]]
+        axis.errorbar(rows["parameters"], rows[column], yerr=bars, color=look.color, linestyle="", elinewidth=0.9)
+    axis.plot(
+        rows["parameters"],
+        rows[column],
+        color=look.color,
+        linestyle=look.line,
+        marker=look.marker,
+        markeredgecolor="white",
+        label=name,
+    )
+
+
+def _unit(axis: Axes, rows: pd.DataFrame, column: str) -> None:
+    rows = rows[rows[column] > 0]
+    axis.plot(rows["parameters"], rows[column], color=INK, linewidth=1, linestyle=(0, (1, 1)), label=UNIT)
+
+
+def _scales(axis: Axes, measured: pd.DataFrame) -> None:
+    """Log-log, with the sizes themselves as ticks."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    sizes = measured.drop_duplicates("size").sort_values("parameters")
+    axis.set_xticks(list(sizes["parameters"]), list(sizes["size"]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
