@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from statistics import fmean
 from typing import TypeVar
 
 import torch
@@ -131,7 +132,7 @@ class MixedPrecision(Method):
         problem = Problem(
             losses=_summed(losses, units),
             costs=_summed(limits.costs, units),
-            weights=sum(out * columns for out, columns in network.shapes),
+            divisor=limits.divisor,
             limit=limits.limit,
             slack=limits.slack,
             unit=limits.unit,
@@ -180,7 +181,7 @@ class MixedPrecision(Method):
 
         def judge(chosen: Mapping[str, Recipe]) -> float:
             with _rounded(ctx.network, _spread(chosen, units)), torch.no_grad():
-                return float(mean_loss(ctx.network, tokens))
+                return fmean(float(mean_loss(ctx.network, text.unsqueeze(0))) for text in tokens)
 
         return judge
 

@@ -42,9 +42,10 @@ CostOf: TypeAlias = Callable[[tuple[int, int], Recipe], int]
 
 @dataclass(frozen=True)
 class Bound:
-    """A budget as allocation sees it: at most `limit` of `unit` a weight, and at least `limit − slack` if possible."""
+    """A budget as allocation sees it: what recipes cost, and the limit; see `methods.allocation.base.Problem`."""
 
     costs: Costs
+    divisor: int
     limit: float
     slack: float
     unit: str
@@ -56,23 +57,22 @@ def bound(network: Network, recipes: Sequence[Recipe], budget: Budget, latency: 
     Raises:
         ValueError: the budget bounds time, and there is no latency table.
     """
-    weights = sum(out * columns for out, columns in network.shapes)
 
     def costs(cost: CostOf) -> Costs:
         return {name: {recipe: cost(network.shape(name), recipe) for recipe in recipes} for name in network.linears}
 
     if budget.gigabops is not None:
-        limit = 1e9 * budget.gigabops / weights
-        return Bound(costs(bit_operations), limit, RELATIVE_SLACK * limit, "bit operations a weight")
+        return Bound(costs(bit_operations), 10**9, budget.gigabops, RELATIVE_SLACK * budget.gigabops, "gigabops")
     if budget.microseconds is not None:
         if latency is None:
             raise ValueError("a budget in microseconds needs a latency table, which only the harness can give")
-        limit = 1e6 * budget.microseconds / weights
-        table = costs(lambda shape, recipe: round(1e6 * latency(shape, recipe.weight)))
-        return Bound(table, limit, RELATIVE_SLACK * limit, "picoseconds a weight")
+        picoseconds = costs(lambda shape, recipe: round(1e6 * latency(shape, recipe.weight)))
+        return Bound(picoseconds, 10**6, budget.microseconds, RELATIVE_SLACK * budget.microseconds, "microseconds")
     stored = budget.limit(network.shapes, network.other_parameters)
     assert stored is not None  # the two bounds that say nothing about storage were handled above
-    return Bound(costs(lambda shape, recipe: recipe.weight.stored_bits(shape)), stored, BITS_SLACK, "effective bits")
+    weights = sum(out * columns for out, columns in network.shapes)
+    bits = costs(lambda shape, recipe: recipe.weight.stored_bits(shape))
+    return Bound(bits, weights, stored, BITS_SLACK, "effective bits")
 
 
 def bit_operations(shape: tuple[int, int], recipe: Recipe) -> int:

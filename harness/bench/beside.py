@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from harness.bench.measure import SIZES, Point, random_network
-from harness.bench.peer import Charge, Probes, charge, draw, ratio, total_seconds
+from harness.bench.peer import Charge, charge, draw, ratio, total_seconds
+from harness.bench.plans import Plans, Text, plans
 from harness.bench.tables import grid, markdown, spread
 from harness.calibration import as_statistics
 from harness.data import DataConfig, load_texts, windows
 from harness.intervals import Estimate
 from harness.models import ModelConfig, load
 from harness.sensitivity.correlation import spearman
-from methods.base import Context
 from methods.budget import Budget
-from methods.formats.base import Format
-from methods.mixed import Mixed
-from methods.network import Network
-from methods.recipe import Recipe
 from methods.sensitivity.base import Metric, Sensitivity, Subject
 from methods.sensitivity.gauss_newton import GaussNewton
 from methods.sensitivity.hutchinson import Hutchinson
-from methods.sensitivity.hvp import mean_loss
-from methods.sensitivity.substitution import substituted
 
 
 @dataclass
@@ -53,20 +45,11 @@ class PeerConfig:
     """That PyHessian draws for each of these."""
     repeats: int = 3
     """Runs of ours, with different seeds."""
-    widths: tuple[int, ...] = (2, 3, 4, 8)
+    widths: list[int] = field(default_factory=lambda: [2, 3, 4, 8])
     group_size: int = 128
     effective_bits: float = 3.25
     """Of the plans that are compared."""
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Text:
-    """A model with its texts, int64 [sequences, length]: `seen` for traces, `unseen` for the losses of plans."""
-
-    network: Network
-    seen: Tensor
-    unseen: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,32 +71,41 @@ class Runs:
     worst: float
 
 
+Ratio: TypeAlias = tuple[float, float, float]
+"""A number and its 95 % interval."""
+
+
 @dataclass(frozen=True)
-class Plans:
-    """What allocation makes of two rankings.
+class Peer:
+    """PyHessian.
 
     Attributes:
-        agreement: share of linears with the same width.
-        rises: increase of the loss on unseen text when all linears are rounded by the plan of H, and of GN: mean and
-            standard error over sequences.
-        difference: the increase by the plan of GN minus that of H, likewise, paired.
+        charges: of the linears that it was measured on.
+        seconds: for all linears, at equal error.
+        over_hutchinson, over_gauss_newton: the same over our seconds.
     """
 
-    agreement: float
-    rises: tuple[tuple[float, float], tuple[float, float]]
-    difference: tuple[float, float]
+    charges: dict[str, Charge]
+    seconds: float
+    over_hutchinson: Ratio
+    over_gauss_newton: Ratio
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found; `ratios` are PyHessian's seconds over ours with their 95 % intervals."""
+    """What was found.
+
+    Attributes:
+        fmt: the format that Ω is compared in.
+        correlation: Spearman's ρ over linears between the Ω of Hessian and Gauss-Newton traces.
+        plans: what allocation makes of either.
+    """
 
     config: PeerConfig
     hessian: Runs
     gauss_newton: Runs
-    charges: dict[str, Charge]
-    total: float
-    ratios: dict[str, tuple[float, float, float]]
+    peer: Peer
+    fmt: str
     correlation: Estimate
     plans: Plans
 
@@ -125,8 +117,8 @@ class Comparison:
             row: dict[str, Any] = {"linear": name, "hutchinson": trace, "hutchinson_error": self.hessian.errors[name]}
             row |= {"gauss_newton": self.gauss_newton.traces[name]}
             row |= {"gauss_newton_error": self.gauss_newton.errors[name]}
-            if name in self.charges:
-                row |= {f"pyhessian_{key}": value for key, value in asdict(self.charges[name]).items()}
+            if name in self.peer.charges:
+                row |= {f"pyhessian_{key}": value for key, value in asdict(self.peer.charges[name]).items()}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -142,33 +134,42 @@ def compare(config: PeerConfig, device: str) -> Comparison:
     budget = Budget(effective_bits=config.effective_bits, group_size=config.group_size)
     formats = tuple(budget.format(width) for width in config.widths)
     subject = Subject(network, text.seen, text.seen, formats, as_statistics(network, {}), config.seed)
-    options: dict[str, Any] = {"tolerance": config.tolerance, "context": config.length}
-    hutchinson = Hutchinson(max_probes=config.max_probes, **options)
-    gauss_newton = GaussNewton(max_draws=config.max_probes, **options)
-    hessian, fisher = (repeated(metric, subject, config.repeats) for metric in (hutchinson, gauss_newton))
-    scales = references(hessian.traces)
-    targets = {name: config.tolerance * scale for name, scale in scales.items()}
-    generator = np.random.default_rng(config.seed)
-    drawn = {
-        name: draw(network, text.seen, name, config.probes, config.seed + i)
-        for i, name in enumerate(network.linears[:: config.every])
-    }
-    total, replicates = total_seconds(drawn, targets, len(network.linears), generator)
-    both = [_sensitivity(runs) for runs in (hessian, fisher)]
-    losses = [metric.losses(found, network, formats) for metric, found in zip((hutchinson, gauss_newton), both)]
+    metrics = (
+        Hutchinson(config.tolerance, config.max_probes, config.length),
+        GaussNewton(config.tolerance, config.max_probes, config.length),
+    )
+    hessian, fisher = (repeated(metric, subject, config.repeats) for metric in metrics)
+    h_losses, g_losses = (
+        metric.losses(Sensitivity(runs.traces, runs.errors), network, formats)
+        for metric, runs in zip(metrics, (hessian, fisher), strict=True)
+    )
     narrow = formats[min(1, len(formats) - 1)]
+    h, g = (np.array([losses[name][narrow] for name in network.linears]) for losses in (h_losses, g_losses))
     return Comparison(
         config,
         hessian,
         fisher,
+        _pyhessian(text, config, hessian, fisher),
+        narrow.name,
+        spearman(h, g),
+        plans(text, budget, h_losses, g_losses),
+    )
+
+
+def _pyhessian(text: Text, config: PeerConfig, hessian: Runs, fisher: Runs) -> Peer:
+    names = text.network.linears
+    targets = {name: config.tolerance * scale for name, scale in references(hessian.traces).items()}
+    generator = np.random.default_rng(config.seed)
+    drawn = {
+        name: draw(text.network, text.seen, name, config.probes, config.seed + i)
+        for i, name in enumerate(names[:: config.every])
+    }
+    total, replicates = total_seconds(drawn, targets, len(names), generator)
+    return Peer(
         {name: charge(one, targets[name], generator) for name, one in drawn.items()},
         total,
-        {
-            "hutchinson": ratio(total, replicates, hessian.seconds, generator),
-            "gauss_newton": ratio(total, replicates, fisher.seconds, generator),
-        },
-        spearman(*(np.array([row[name][narrow] for name in network.linears]) for row in losses)),
-        plans(text, budget, losses[0], losses[1]),
+        ratio(total, replicates, hessian.seconds, generator),
+        ratio(total, replicates, fisher.seconds, generator),
     )
 
 
@@ -204,51 +205,14 @@ def references(traces: Mapping[str, float]) -> dict[str, float]:
     return {name: max(abs(trace), floor) for name, trace in traces.items()}
 
 
-def _sensitivity(runs: Runs) -> Sensitivity:
-    return Sensitivity(runs.traces, runs.errors)
-
-
-Losses = Mapping[str, Mapping[Format, float]]
-
-
-def plans(text: Text, budget: Budget, hessian: Losses, gauss_newton: Losses) -> Plans:
-    """The plans of least total loss by either, and what they do to unseen text, rounded to nearest."""
-    generator = torch.Generator().manual_seed(0)
-    statistics = as_statistics(text.network, {})
-    context = Context(text.network, text.seen, text.seen, statistics, budget, generator)
-    method = Mixed()
-    chosen = []
-    for losses in (hessian, gauss_newton):
-        recipes = {name: {Recipe(fmt): loss for fmt, loss in row.items()} for name, row in losses.items()}
-        chosen.append({name: recipe.weight for name, recipe in method.plan(context, recipes).items()})
-    before = _sequence_losses(text)
-    rises = [_sequence_losses(text, plan) - before for plan in chosen]
-    same = fmean(chosen[0][name] == chosen[1][name] for name in text.network.linears)
-    return Plans(same, (_mean(rises[0]), _mean(rises[1])), _mean(rises[1] - rises[0]))
-
-
-@torch.no_grad()
-def _sequence_losses(text: Text, plan: Mapping[str, Format] | None = None) -> Tensor:
-    """Mean next-token loss of each unseen sequence, with weights rounded by the plan: fp64 [sequences]."""
-    with ExitStack() as stack:
-        for name, fmt in (plan or {}).items():
-            weight = text.network.weight(name)
-            stack.enter_context(substituted(text.network, name, fmt.fit(weight).snap(weight)))
-        losses = [float(mean_loss(text.network, sequence.unsqueeze(0))) for sequence in text.unseen]
-    return torch.tensor(losses, dtype=torch.float64)
-
-
-def _mean(samples: Tensor) -> tuple[float, float]:
-    return float(samples.mean()), float(samples.std() / len(samples) ** 0.5)
-
-
 LEGEND = (
     "Traces of the loss’s Hessian, one for every linear, to a standard error of {tolerance:g} times the trace, or the "
     "median magnitude of all traces where that is larger. Ours ran to the end, {repeats} times. PyHessian was measured "
     "on every {every}th linear, {probes} probes each, over all {sequences} × {length} tokens in one batch; from the "
     "spread of its probes follow how many the same error takes, and from its seconds for setup and a probe the time, "
-    "which is extrapolated to all linears in proportion to their number. Its error leaves out the choice of text, which "
-    "ours includes: ours takes the next sequence for each probe, PyHessian all of them. Brackets of ratios: 95 % "
+    "which is extrapolated to all linears in proportion to their number. Its error leaves out the choice of text, "
+    "which ours includes: ours takes the next sequence for each probe, PyHessian all of them, so that its products "
+    "cost less, and say less, with less text. Brackets: of seconds, fastest and slowest run; of ratios, the 95 % "
     "interval by resampling linears, probes and our runs."
 )
 
@@ -256,15 +220,20 @@ LEGEND = (
 def page(found: Comparison, header: str) -> str:
     """The comparison as Markdown."""
     rows = [_ours("Hutchinson, ours", found.hessian), _ours("Gauss-Newton, ours (another matrix)", found.gauss_newton)]
-    count, measured = len(found.hessian.traces), list(found.charges.values())
+    count, measured = len(found.hessian.traces), list(found.peer.charges.values())
     scales = references(found.hessian.traces)
 
     def total(value: Callable[[Charge], float]) -> float:
         return fmean(map(value, measured)) * count
 
-    own_error = median(charged.own_error / scales[name] for name, charged in found.charges.items())
+    own_error = median(charged.own_error / scales[name] for name, charged in found.peer.charges.items())
     rows += [
-        _row("PyHessian, same error", f"{found.total:.3g}", f"{total(lambda c: c.probes):.0f} probes", "as asked"),
+        _row(
+            "PyHessian, same error",
+            f"{found.peer.seconds:.3g}",
+            f"{total(lambda c: c.probes):.0f} probes",
+            f"{found.config.tolerance:g} (asked for)",
+        ),
         _row(
             "PyHessian, own rule (change below 1e-3, at most 100 probes)",
             f"{total(lambda c: c.own_seconds):.3g}",
@@ -289,24 +258,25 @@ def _row(name: str, seconds: str, work: str, error: str) -> dict[str, str]:
 
 def _sentences(found: Comparison) -> list[str]:
     """What the table does not say: ratios, agreement with PyHessian, and whether the two matrices rank alike."""
-    ours, fisher, plan = found.ratios["hutchinson"], found.ratios["gauss_newton"], found.plans
-    z = [(c.trace - found.hessian.traces[n]) / np.hypot(c.error, found.hessian.errors[n]) for n, c in found.charges.items()]
-    rho, (low, high) = found.correlation.value, (found.correlation.low, found.correlation.high)
-    alike = plan.agreement == 1
-    verdict = (
-        "On this model both lead to the same plan."
-        if alike
-        else "On this model the two do not rank alike: they are different matrices, and the second ratio is one of the "
-        "cost of ranking linears, not of computing the same number."
-    )
+    hessian, peer, rho, plan = found.hessian, found.peer, found.correlation, found.plans
+    own = len(hessian.seconds) ** -0.5  # the mean of the runs is nearer than each
+    distances = [
+        (charged.trace - hessian.traces[name]) / np.hypot(charged.error, own * hessian.errors[name])
+        for name, charged in peer.charges.items()
+    ]
     (h, h_error), (g, g_error), (d, d_error) = *plan.rises, plan.difference
+    verdict = "the same plan" if plan.agreement == 1 else "different plans"
     return [
-        f"Seconds of PyHessian over those of our Hutchinson, at equal error: **{spread(*ours)}**. "
-        f"Over those of our Gauss-Newton trace, at equal relative error of another matrix: **{spread(*fisher)}**.",
-        f"Both Hutchinson estimates agree if differences are about one standard error: theirs are "
-        f"{float(np.sqrt(np.mean(np.square(z)))):.2f} (root mean square over the linears that PyHessian did).",
-        f"Spearman’s ρ of Ω = tr/n · ‖ΔW‖² between Hessian and Gauss-Newton: {rho:.2f} [{low:.2f}, {high:.2f}]. "
-        f"Plans of {found.config.effective_bits:g} bits give {100 * plan.agreement:.0f} % of the linears the same width. "
-        f"Rounded to nearest, they raise the loss on unseen text by {h:.4f} ± {h_error:.4f} (Hessian) and "
-        f"{g:.4f} ± {g_error:.4f} (Gauss-Newton) nats a token; paired difference {d:+.4f} ± {d_error:.4f}. {verdict}",
+        f"Seconds of PyHessian over those of our Hutchinson, at equal error: **{spread(*peer.over_hutchinson)}**. "
+        "Over those of our Gauss-Newton trace, at equal relative error of another matrix: "
+        f"**{spread(*peer.over_gauss_newton)}**.",
+        "PyHessian’s traces differ from ours by "
+        f"{float(np.sqrt(np.mean(np.square(distances)))):.2f} standard errors (root mean square over its linears), "
+        "where 1 or less is expected of estimates of the same number.",
+        f"Spearman’s ρ between Hessian and Gauss-Newton of Ω = tr/n · ‖ΔW‖² in {found.fmt}: "
+        f"{rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]. Plans of {found.config.effective_bits:g} bits give "
+        f"{100 * plan.agreement:.0f} % of the linears the same width. Rounded to nearest, they raise the loss on "
+        f"unseen text by {h:.4f} ± {h_error:.4f} (Hessian) and {g:.4f} ± {g_error:.4f} (Gauss-Newton) nats a token; "
+        f"paired difference {d:+.4f} ± {d_error:.4f}. On this model the two matrices lead to {verdict}: the second "
+        "ratio compares the cost of two rankings, not of the same number.",
     ]

@@ -44,7 +44,9 @@ def cost_against_size(frame: pd.DataFrame, title: str) -> Figure:
             axis.set_xlabel("parameters in linears")
         figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize="medium")
         figure.supxlabel(MARKS, fontsize="x-small", color=INK)
-        handles = {label: handle for axis in panels[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+        handles = {
+            label: handle for axis in panels[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small", handlelength=3.0)
     return figure
 
@@ -76,5 +78,6 @@ def _scales(axis: Axes, measured: pd.DataFrame) -> None:
     axis.set_yscale("log")
     sizes = measured.drop_duplicates("size").sort_values("parameters")
     axis.set_xticks(list(sizes["parameters"]), list(sizes["size"]))
+    axis.tick_params(axis="x", labelsize="x-small")
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

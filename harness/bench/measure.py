@@ -1,12 +1,13 @@
 """One measurement in a fresh process: what a metric, or a whole quantization, takes on a random model of one size.
 
 A process of its own keeps what was measured before out of the memory. It is forked from a server that has already
-imported everything, because the imports take longer than most measurements.
+imported everything, because imports take longer than most measurements.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import platform
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.calibration import as_statistics, collect
@@ -146,6 +147,7 @@ def measure_alone(point: Point, patience: float) -> Measurement | str:
 
 
 def _child(point: Point, pipe: Connection) -> None:
+    logging.disable(logging.WARNING)  # that traces are negative is chance in a random model
     try:
         pipe.send(measure(point))
     except (ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
@@ -199,7 +201,7 @@ def random_network(point: Point) -> Network:
     )
     with torch.random.fork_rng(), torch.device(point.device):
         torch.manual_seed(point.seed)
-        model = LlamaForCausalLM(config)
+        model: nn.Module = LlamaForCausalLM(config)
     return discover(model.to(point.device, dtype(point)).eval().requires_grad_(False), size.vocabulary)
 
 

@@ -66,7 +66,9 @@ def run(
         (`Grid.times`), `extra_bytes` is the peak beyond the loaded model.
     """
     began = perf_counter()
-    rows, lengths, sizes = (list(dict.fromkeys(key[i] for key in grid.points)) for i in range(3))
+    rows = list(dict.fromkeys(row for row, _, _ in grid.points))
+    lengths = list(dict.fromkeys(length for _, length, _ in grid.points))
+    sizes = list(dict.fromkeys(size for _, _, size in grid.points))
     points = {
         (row, i, j): grid.points[row, length, size]
         for row in rows
@@ -75,14 +77,14 @@ def run(
     }
     waiting, done = dict(points), dict[Cell, Outcome]()
     while waiting:
-        ready = [cell for cell in waiting if (before := _before(cell)) is None or before in done]
+        ready = [cell for cell in waiting if _before(cell) is None or _before(cell) in done]
         guesses = {cell: _predicted(cell, points, done, lambda found: found.typical) for cell in ready}
         cell = min(ready, key=guesses.__getitem__)
         point = waiting.pop(cell)
         extra = _predicted(cell, points, done, lambda found: found.extra_bytes)
         reason = _reason(guesses[cell], extra + _weight_bytes(point), limits, perf_counter() - began)
-        if reason is None and isinstance(before := done.get(_before(cell) or cell), str):
-            reason = f"nor was the size or length before it: {before}"
+        if reason is None and isinstance(failed := done.get(_before(cell) or cell), str):
+            reason = f"nor was the size or length before it: {failed}"
         done[cell] = measure(point) if reason is None else reason
         announce(cell[0], lengths[cell[1]], sizes[cell[2]], done[cell])
     return pd.DataFrame(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ from harness.report.tables import markdown_text
 SIZE_LEGEND = (
     "Seconds and peak memory beyond the loaded model, of random Llama models, each point in a process of its own. "
     "*Exponent*: slope of log cost against log parameters in linears, by least squares over the sizes measured, ± its "
-    "standard error. *Times GPTQ*: seconds over those of GPTQ at the same size and length; median, and in brackets "
-    "least and most over sizes. Calibration statistics that a metric reads are part of its time. All rows read the "
-    "same text; GPTQ and AWQ round to 4 bits in groups, and metrics score every linear at every candidate width. "
-    "The weights are random, so the work is fixed and does not stop at an accuracy. Fixed costs flatten the exponents "
-    "of short runs."
+    "standard error; fixed costs flatten it. *Times GPTQ*: seconds over those of GPTQ at the same size and length; "
+    "median, and in brackets least and most over sizes. Calibration statistics that a metric reads are part of its "
+    "time. All rows read the same text, which is less than the 128 sequences that GPTQ and AWQ are usually calibrated "
+    "on. These two round to 4 bits in groups; metrics that know formats score every linear at every candidate width. "
+    "The weights are random, so the work is fixed rather than ended by an accuracy."
 )
 
 
@@ -35,12 +35,12 @@ def csv(frame: pd.DataFrame, header: str) -> str:
     return f"# {header.replace('#', '')}\n" + frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
 
 
-def markdown(title: str, parts: list[str]) -> str:
+def markdown(title: str, parts: Sequence[str]) -> str:
     """A page of paragraphs and tables."""
     return "\n\n".join([f"# {title}", *parts]) + "\n"
 
 
-def grid(rows: list[Mapping[str, Any]]) -> str:
+def grid(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of texts."""
     frame = pd.DataFrame(rows).map(lambda value: markdown_text(str(value)))
     return str(frame.to_markdown(index=False, disable_numparse=True))

@@ -10,7 +10,21 @@ from typing import Any
 REFERENCE = "fp16"
 """The method that changes nothing: the row that all others are compared with."""
 
-SEATS = ("rtn", "gptq", "awq", "hawq_v1", "hawq_v2")
+SEATS = (
+    "rtn",
+    "gptq",
+    "awq",
+    "hawq_v1",
+    "hawq_v2",
+    "hawq_v3",
+    "qbert",
+    "autoquantize_gradient",
+    "autoquantize_kl",
+    "accuracy_aware",
+    "inc_hawq_v2",
+    "autoq",
+    "mixed",
+)
 """Methods whose place in tables, and so color, is fixed; append only. Others follow by name."""
 
 # Okabe and Ito's colors, which color-blind readers tell apart; without black (the reference) and the yellow

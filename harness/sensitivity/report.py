@@ -88,6 +88,7 @@ def write(found: Study, title: str, folder: Path) -> list[Path]:
     paths = [tables / name for name in contents]
     with matplotlib.rc_context(style.FIGURE):
         paths += save(with_truth(found, title), folder / "figures" / f"agreement_{slug}")
+    with matplotlib.rc_context(style.FIGURE | {"savefig.dpi": 110}):  # many cells, each with its number
         paths += save(between_metrics(found, title), folder / "figures" / f"metrics_{slug}")
     return paths
 

@@ -35,15 +35,16 @@ Choice = TypeVar("Choice", bound=Option)
 
 @dataclass(frozen=True)
 class Problem(Generic[Choice]):
-    """Choose one option for each group: least total loss at a cost of no more than `limit` a weight.
+    """Choose one option for each group: least total loss at a total cost of no more than `limit` · `divisor`.
 
     Attributes:
         losses: group to option to loss. Any finite numbers: neither positive nor monotone in the width.
-        costs: group to option to cost, in whole bits, BOPs or nanoseconds; groups and options as in `losses`.
-        weights: number of weights of all groups together.
-        limit: highest cost a weight.
-        slack: how far below `limit` a plan may end where another could come closer, in cost a weight.
-        unit: of the cost a weight, for messages.
+        costs: group to option to cost, in whole bits, bit operations or picoseconds; groups and options as in
+            `losses`.
+        divisor: costs in one unit of the limit: the number of weights where the limit is in bits a weight.
+        limit: highest total cost, in `unit`.
+        slack: how far below `limit` a plan may end where another could come closer.
+        unit: of the limit, for messages.
         judge: the measured loss of a whole plan, for solvers that try plans out; the sum of losses by default.
         seed: of solvers that draw random numbers.
 
@@ -53,7 +54,7 @@ class Problem(Generic[Choice]):
 
     losses: Mapping[str, Mapping[Choice, float]]
     costs: Mapping[str, Mapping[Choice, int]]
-    weights: int
+    divisor: int
     limit: float
     slack: float = 0.02
     unit: str = "effective bits"
@@ -69,7 +70,7 @@ class Problem(Generic[Choice]):
         if self.window[1] < least:
             raise ValueError(
                 f"a limit of {self.limit:g} {self.unit} is out of reach: these options take "
-                f"{least / self.weights:.4g} to {most / self.weights:.4g} a weight"
+                f"{least / self.divisor:.4g} to {most / self.divisor:.4g}"
             )
 
     @cached_property
@@ -86,8 +87,8 @@ class Problem(Generic[Choice]):
 
         A limit beyond the dearest options is met by them alone.
         """
-        low = ceil((self.limit - self.slack) * self.weights)
-        high = floor(self.limit * self.weights * (1 + ROUNDOFF))
+        low = ceil((self.limit - self.slack) * self.divisor)
+        high = floor(self.limit * self.divisor * (1 + ROUNDOFF))
         return min(low, self.range[1]), high
 
     def cost(self, plan: Mapping[str, Choice]) -> int:
@@ -147,4 +148,4 @@ def check(problem: Problem[Choice], plan: Mapping[str, Choice]) -> None:
             raise ValueError(f"the plan gives {group} {plan.get(group)}, which is not one of its options")
     cost = problem.cost(plan)
     if cost > problem.window[1]:
-        raise ValueError(f"the plan takes {cost / problem.weights:.4f} {problem.unit}, more than {problem.limit:g}")
+        raise ValueError(f"the plan takes {cost / problem.divisor:.4f} {problem.unit}, more than {problem.limit:g}")

@@ -111,7 +111,7 @@ def test_the_losses_only_count_relative_to_each_other(solver: type[Solver]) -> N
     for seed in range(10):
         problem = random_problem(seed, negative=False)
         scaled = {g: {f: 1024 * loss for f, loss in row.items()} for g, row in problem.losses.items()}
-        assert solver()(problem) == solver()(Problem(scaled, problem.costs, problem.weights, problem.limit))
+        assert solver()(problem) == solver()(Problem(scaled, problem.costs, problem.divisor, problem.limit))
 
 
 def test_the_relaxation_is_a_lower_bound() -> None:
@@ -121,7 +121,7 @@ def test_the_relaxation_is_a_lower_bound() -> None:
         exact = ILP().solve(problem, low, high)
         if exact is not None:
             assert relaxation(problem, low, high) <= problem.loss(exact) + 1e-9
-    free = Problem(problem.losses, problem.costs, problem.weights, 100)
+    free = Problem(problem.losses, problem.costs, problem.divisor, 100)
     everything = sum(min(row.values()) for row in free.losses.values())
     assert relaxation(free, 0, free.range[1]) == pytest.approx(everything)
     with pytest.raises(ValueError, match="no mixture of options costs"):
@@ -144,8 +144,8 @@ def test_negative_losses_still_spend_the_budget(solver: type[Solver]) -> None:
 def test_an_unreachable_limit_says_what_is_reachable(solver: type[Solver]) -> None:
     problem = random_problem(0)
     for limit in (1.5, -1.0):
-        with pytest.raises(ValueError, match=r"bits is out of reach: these options take 2\.\d+ to \d\.\d+ a weight"):
-            solver()(Problem(problem.losses, problem.costs, problem.weights, limit))
+        with pytest.raises(ValueError, match=r"bits is out of reach: these options take 2\.\d+ to \d\.\d+"):
+            solver()(Problem(problem.losses, problem.costs, problem.divisor, limit))
 
 
 @pytest.mark.parametrize("solver", ALL)
@@ -153,8 +153,8 @@ def test_the_ends_of_the_range_are_met_exactly(solver: type[Solver]) -> None:
     for seed in range(10):
         problem = random_problem(seed)
         for end, choose in zip(problem.range, (min, max), strict=True):
-            limit = end / problem.weights
-            plan = solver()(Problem(problem.losses, problem.costs, problem.weights, limit, slack=0))
+            limit = end / problem.divisor
+            plan = solver()(Problem(problem.losses, problem.costs, problem.divisor, limit, slack=0))
             assert plan == {g: choose(f, key=lambda fmt: fmt.bits) for g, f in problem.costs.items()}
 
 
@@ -173,7 +173,7 @@ def test_losses_must_be_finite() -> None:
 def test_a_plan_over_the_limit_or_with_gaps_does_not_pass() -> None:
     problem = random_problem(1)
     widest = {group: max(options, key=lambda fmt: fmt.bits) for group, options in problem.costs.items()}
-    tight = Problem(problem.losses, problem.costs, problem.weights, problem.range[1] / problem.weights - 0.1)
+    tight = Problem(problem.losses, problem.costs, problem.divisor, problem.range[1] / problem.divisor - 0.1)
     with pytest.raises(ValueError, match=r"takes 4\.\d+ effective bits, more than"):
         check(tight, widest)
     with pytest.raises(ValueError, match="not one of its options"):

@@ -106,7 +106,7 @@ def test_a_plan_tried_before_is_not_measured_again() -> None:
 
 def test_states_hold_the_features_of_the_next_group_and_the_previous_action() -> None:
     losses = {f"g{i}": {f: (i - 2.0) * 100**i * 4.0**-f.width for f in FORMATS} for i in range(5)}
-    episode = walk(Problem(losses, problem().costs, problem().weights, 3.5))
+    episode = walk(Problem(losses, problem().costs, problem().divisor, 3.5))
     states = [episode.reset(), *(episode.step(0.3)[0] for _ in range(5))]
     assert all(((state >= 0) & (state <= 1)).all() and state.dtype == np.float32 for state in states)
     assert [float(state[0]) for state in states] == [0, 0.25, 0.5, 0.75, 1, 1]

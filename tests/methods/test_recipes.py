@@ -43,7 +43,7 @@ def test_otherwise_it_minimizes_the_lowered_scores() -> None:
     for seed in range(10):
         problem = random_problem(seed, falling=False)
         scores = {group: monotone(problem, group) for group in problem.losses}
-        lowered = Problem(scores, problem.costs, problem.weights, problem.limit, problem.slack)
+        lowered = Problem(scores, problem.costs, problem.divisor, problem.limit, problem.slack)
         plan, truth = LinearProgramme()(problem), ILP()(lowered)
         assert lowered.loss(plan) == pytest.approx(lowered.loss(truth), rel=1e-9)
         differ += problem.loss(plan) > problem.loss(ILP()(problem)) + 1e-9

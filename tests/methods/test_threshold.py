@@ -39,7 +39,7 @@ def test_published_is_what_halving_the_interval_of_losses_ends_at() -> None:
     for seed in range(30):
         drawn = random_problem(seed)
         losses = {g: {f: abs(x) if f.width < 8 else 0.0 for f, x in row.items()} for g, row in drawn.losses.items()}
-        problem = Problem(losses, drawn.costs, drawn.weights, drawn.limit)
+        problem = Problem(losses, drawn.costs, drawn.divisor, drawn.limit)
         low, high = 0.0, max(loss for row in losses.values() for loss in row.values())
         found = dict.fromkeys(losses, FORMATS[0])  # what the largest loss as a bound gives
         for _ in range(100):
