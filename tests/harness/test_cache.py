@@ -69,3 +69,18 @@ def test_an_unwritable_cache_costs_time_and_nothing_else(tmp_path, caplog):
     entry = Cache(blocked)("statistics", {}, compute)
     assert entry.value["count"] == 3
     assert "cannot keep" in caplog.text
+
+
+def test_what_cached_parts_saved_belongs_to_the_cost(tmp_path):
+    """A metric that builds on a cached one is charged for both, now and when it is found again."""
+    saved = [100.0]
+
+    def compute() -> dict[str, torch.Tensor]:
+        saved[0] += 7.0
+        return {"omega": torch.ones(1)}
+
+    first = Cache(tmp_path)("hawq_v2", {}, compute, lambda: saved[0])
+    again = Cache(tmp_path)("hawq_v2", {}, compute, lambda: saved[0])
+    assert 7.0 <= first.seconds < 8.0
+    assert again.found
+    assert again.seconds == first.seconds
