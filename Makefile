@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep tables test test-slow methods sensitivity lint format clean
+.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ methods: $(READY) ## What there is: methods, their parts, metrics, solvers, form
 
 sensitivity: $(READY) ## Every sensitivity metric on a model: make sensitivity ARGS="model=tiny metrics=all"
 	@$(BIN)/python -m harness.sensitivity $(ARGS)
+
+bench-hessian: $(READY) ## Cost of sensitivity metrics against model size, and beside PyHessian
+	@$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[bench]'
+	@$(BIN)/python -m harness.bench hessian $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

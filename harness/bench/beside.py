@@ -160,6 +160,7 @@ def _pyhessian(text: Text, config: PeerConfig, hessian: Runs, fisher: Runs) -> P
     names = text.network.linears
     targets = {name: config.tolerance * scale for name, scale in references(hessian.traces).items()}
     generator = np.random.default_rng(config.seed)
+    draw(text.network, text.seen, names[0], 1, config.seed)  # the first products of a shape are slower
     drawn = {
         name: draw(text.network, text.seen, name, config.probes, config.seed + i)
         for i, name in enumerate(names[:: config.every])

@@ -79,7 +79,7 @@ class HessianBench:
     """Runs of what takes less than 10 s."""
     limit: float = 120.0
     """Longest predicted run in seconds."""
-    minutes: float = 18.0
+    minutes: float = 16.0
     """Longest whole grid."""
     peer: beside.PeerConfig = field(default_factory=beside.PeerConfig)
     device: str = "cpu"

@@ -8,7 +8,6 @@ a probe happens to fall near it. What a given error takes is therefore computed 
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,16 +79,13 @@ def draw(network: Network, tokens: Tensor, linear: str, probes: int, seed: int) 
         raise ValueError(MISSING)
     tool: Any = import_module("pyhessian").hessian
     with differentiable(network, tokens, [linear]), torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that its gradients hold a reference cycle, which is broken below
+        warnings.simplefilter("ignore")  # of a reference cycle, which `trace` breaks by clearing gradients
         torch.manual_seed(seed)  # PyHessian draws from the global generator
         began = perf_counter()
         opened = tool(_NextToken(network), _criterion, data=(tokens, tokens), cuda=tokens.is_cuda)
         middle = perf_counter()
         samples = opened.trace(maxIter=probes, tol=-inf)
         done = perf_counter()
-    network.linear(linear).weight.grad = None
-    del opened
-    gc.collect()
     return Probes(np.array(samples), middle - began, (done - middle) / probes)
 
 

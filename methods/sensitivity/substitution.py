@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from statistics import fmean, stdev
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -117,14 +118,15 @@ class Substitution(Metric):
         with subject.cost() as cost:
             samples, blocks_run = self._samples(subject, tokens)
             cost.passes += -(-blocks_run // len(subject.network.blocks))
-        values = {key: float(drawn.mean()) for key, drawn in samples.items()}
-        error = {key: float(drawn.std() / len(drawn) ** 0.5) for key, drawn in samples.items()}
+        values = {key: fmean(drawn) for key, drawn in samples.items()}
+        error = {key: stdev(drawn) / len(drawn) ** 0.5 for key, drawn in samples.items()}
         return Sensitivity(values, error, cost)
 
-    def _samples(self, subject: Subject, tokens: Tensor) -> tuple[dict[str, Tensor], int]:
-        """Entry to what each sequence suffers, fp64 [sequences]; and the blocks run."""
+    def _samples(self, subject: Subject, tokens: Tensor) -> tuple[Mapping[str, list[float]], int]:
+        """Entry to what each sequence suffers; and the blocks run."""
         network = subject.network
-        parts: defaultdict[str, list[Tensor]] = defaultdict(list)
+        # Numbers rather than tensors: many small ones, kept between large ones that are freed, fragment the memory.
+        samples: defaultdict[str, list[float]] = defaultdict(list)
         blocks_run = 0
         # Text outside, linears inside: only one batch's hidden states and logits are in memory. Rounding a weight
         # anew for every batch costs little beside a pass.
@@ -133,9 +135,9 @@ class Substitution(Metric):
             compare = self.against(replay.reference, batch)
             for name, fmt in product(network.linears, subject.formats):
                 weight = network.weight(name)
-                parts[entry(name, fmt)].append(compare(replay.logits(name, fmt.fit(weight).snap(weight))))
+                samples[entry(name, fmt)] += compare(replay.logits(name, fmt.fit(weight).snap(weight))).tolist()
             blocks_run += replay.blocks_run
-        return {key: torch.cat(drawn).double().cpu() for key, drawn in parts.items()}, blocks_run
+        return samples, blocks_run
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from scipy.stats import linregress
 from torch import Tensor
 from torch.func import functional_call
 
-from harness.bench import beside, figures, hessian, peer, tables
+from harness.bench import beside, figures, hessian, peer, plans, tables
 from harness.bench.measure import SIZES, Measurement, Point, Size, dtype, measure, measure_alone, random_network
 from harness.bench.scaling import Grid, Limits, fit, predict, run, summarize
 from harness.report.figures import save
+from methods.budget import Budget
 from methods.network import Network
 
 TINY = Size(hidden=32, blocks=1, heads=2, vocabulary=64)
@@ -115,7 +116,10 @@ class TestRun:
         assert frame["reason"].dropna().str.contains("whole run").all()
 
     def test_failure_ends_a_row_only(self) -> None:
+        tried: list[str] = []
+
         def measured(p: Point) -> Measurement | str:
+            tried.append(p.name)
             return "it broke" if p.name == "kfac" else law()(p)
 
         frame = run(rows("kfac", "fisher_trace"), ENDLESS, measured)
@@ -123,6 +127,7 @@ class TestRun:
         failed = frame[frame["row"] == "kfac"]
         assert (failed["status"] == "not measured").all()
         assert failed["reason"].str.contains("it broke").all()
+        assert tried.count("kfac") == 1
 
     def test_charges_the_whole_work(self) -> None:
         grid = rows("fisher_trace", lengths=(1,), sizes=("1M",))
@@ -275,8 +280,24 @@ class TestBeside:
         assert np.isfinite(frame[["hutchinson", "hutchinson_error", "gauss_newton", "gauss_newton_error"]]).all(None)
         assert (frame["gauss_newton"] > 0).all()
         assert 0 <= compared.plans.agreement <= 1
-        (h, _), (g, _) = compared.plans.rises
-        assert compared.plans.difference[0] == pytest.approx(g - h)
+
+    def test_plans_of_opposite_rankings(self) -> None:
+        network = random_network(point())
+        tokens = torch.randint(TINY.vocabulary, (6, 12), generator=torch.Generator().manual_seed(0))
+        formats = [Budget(bits=width, group_size=16).format() for width in (2, 8)]
+        narrow, wide = (f.stored_bits((16, 16)) / 256 for f in formats)
+        # A quarter of the weights may be wide: down_proj, or all of attention.
+        budget = Budget(effective_bits=(3 * narrow + wide) / 4, group_size=16)
+        first = {name: {f: (10.0**i) / f.bits for f in formats} for i, name in enumerate(network.linears)}
+        last = {name: {f: (10.0**-i) / f.bits for f in formats} for i, name in enumerate(network.linears)}
+        text = plans.Text(network, tokens[:3], tokens[3:])
+        found, same = plans.plans(text, budget, first, last), plans.plans(text, budget, last, last)
+        assert found.agreement == 2 / 7  # gate_proj and up_proj
+        (h, _), (g, _) = found.rises
+        assert h != g
+        assert found.difference[0] == pytest.approx(g - h)
+        assert (same.agreement, same.difference) == (1, (0, 0))
+        assert same.rises[0] == same.rises[1] == found.rises[1]
 
     def test_page(self, compared: beside.Comparison) -> None:
         page = beside.page(compared, "a machine")
