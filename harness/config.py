@@ -161,7 +161,11 @@ def part(cls: type[T], node: DictConfig, where: str) -> T:
 
 
 def _schema(cls: type) -> DictConfig:
-    """A typed node that may be overridden: frozen dataclasses make read-only nodes."""
+    """A typed node that may be overridden: frozen dataclasses make read-only nodes. Fields that are mappings take
+    any key."""
     node = OmegaConf.structured(cls)
     OmegaConf.set_readonly(node, False)
+    for option in dataclasses.fields(cls):
+        if option.default_factory is dict:
+            OmegaConf.set_struct(node[option.name], False)
     return node

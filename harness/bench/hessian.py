@@ -9,7 +9,6 @@ python -m harness.bench hessian parts=[pyhessian] peer.tolerance=0.1
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ import hydra
 import psutil
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -27,7 +25,7 @@ from harness.bench import beside, figures, peer, tables
 from harness.bench.measure import SIZES, Point, measure_alone
 from harness.bench.scaling import Grid, Limits, Outcome, run
 from harness.config import build, part
-from harness.messages import explain
+from harness.messages import refusing, status
 from harness.records import write_atomically
 from harness.report.figures import save
 from methods.base import METHODS, hint
@@ -117,6 +115,7 @@ _store.store(group="scale", name="small", package="_global_", node=SMALL)
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="hessian_bench")
+@refusing(console)
 def job(config: DictConfig) -> None:
     """Measure, print, write."""
     chosen = part(HessianBench, config, "bench")
@@ -237,14 +236,5 @@ def _announce(row: str, length: int, size: str, outcome: Outcome) -> None:
 
 def main() -> int:
     """Exit status: 0 when done, 2 for bad input."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
-    try:
-        job()
-    except HydraException as error:
-        console.print(explain(error), style="red", markup=False)
-        return 2
-    except ValueError as error:
-        console.print(str(error), style="red", markup=False)
-        return 2
-    return 0
+    return status(job, console, HessianBench, beside.PeerConfig)

@@ -8,7 +8,6 @@ python -m harness.sensitivity model=tiny metrics=[hutchinson] options.hutchinson
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 
@@ -27,7 +25,7 @@ from harness.config import RunConfig, build, part, register_configs
 from harness.data import DataConfig
 from harness.evaluate import EvalConfig
 from harness.memory import MemoryMeter
-from harness.messages import explain
+from harness.messages import refusing, status
 from harness.models import ModelConfig
 from harness.sensitivity import report, study
 from harness.session import Session
@@ -51,7 +49,7 @@ class SensitivityConfig:
     run: Any = MISSING
     metrics: Any = "all"
     """Names of metrics, or all."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Any = MISSING
     """Options of metrics: options.hutchinson.tolerance=0.05; `truth` is the measured loss on test text."""
     bits: list[int] = field(default_factory=lambda: [2, 3, 4, 8])
     """Widths of the integer format at which linears are rounded."""
@@ -65,11 +63,23 @@ class SensitivityConfig:
     """Gets `tables/` and `figures/`."""
 
 
-ConfigStore.instance().store(name="base_sensitivity", node=SensitivityConfig)
+def _schema() -> DictConfig:
+    """Every option of every metric, so that Hydra knows them by name and type."""
+    options = {name: OmegaConf.structured(cls) for name, cls in METRICS.complete().items()}
+    options["truth"] = OmegaConf.structured(Measured(**TRUTH))
+    schema = OmegaConf.structured(SensitivityConfig)
+    for node in options.values():
+        OmegaConf.set_readonly(node, False)  # frozen dataclasses make read-only nodes
+    schema.options = options
+    return schema
+
+
+ConfigStore.instance().store(name="base_sensitivity", node=_schema())
 register_configs()
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="sensitivity")
+@refusing(console)
 def job(config: DictConfig) -> None:
     """Measure, print, write."""
     run = part(RunConfig, config.run, "run")
@@ -100,22 +110,13 @@ def chosen(names: Any, options: dict[str, dict[str, Any]]) -> tuple[list[Metric]
             raise ValueError(f"unknown metric options.{name}: {hint(name, known)}")
     wanted = sorted(METRICS) if names == "all" else [names] if isinstance(names, str) else list(names)
     metrics = [build(METRICS[name], options.get(name, {}), f"options.{name}") for name in wanted]
-    return metrics, build(Measured, TRUTH | options.get("truth", {}), "options.truth")
+    return metrics, build(Measured, options.get("truth", TRUTH), "options.truth")
 
 
 def main() -> int:
     """Exit status: 0 when done, 2 for bad input."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.ERROR)
-    try:
-        job()
-    except HydraException as error:
-        console.print(explain(error), style="red", markup=False)
-        return 2
-    except ValueError as error:
-        console.print(str(error), style="red", markup=False)
-        return 2
-    return 0
+    return status(job, console, SensitivityConfig)
 
 
 if __name__ == "__main__":

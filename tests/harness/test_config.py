@@ -115,3 +115,25 @@ def test_the_command_line_answers_in_one_sentence(arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 3
+
+
+def test_options_of_a_part_need_no_plus_sign():
+    mixed = cell("method=mixed", "method.metric=hutchinson", "method.metric_options.tolerance=0.5")
+    assert mixed.method.sensitivity().tolerance == 0.5
+    assert cell_from_dict(json.loads(json.dumps(mixed.as_dict()))) == mixed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["metrics=[hutchinsen]"], "unknown sensitivity metric 'hutchinsen': did you mean hutchinson?"),
+        (["metricss=all"], "unknown option 'metricss': did you mean metrics?"),
+        (["options.kfac.sequence=1"], "unknown option 'options.kfac.sequence': did you mean sequences"),
+    ],
+)
+def test_the_sensitivity_command_answers_in_one_sentence(arguments, message):
+    command = [sys.executable, "-m", "harness.sensitivity", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stdout
+    assert not done.stderr
