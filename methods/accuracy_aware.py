@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from methods.allocation.accuracy_aware import AccuracyAware
 from methods.base import register
-from methods.mixed_precision import MixedPrecision
+from methods.reversion import Reversion
 from methods.sensitivity.output_error import OutputMSE
 
 
 @register("accuracy_aware")
 @dataclass(frozen=True)
-class AccuracyAwareMethod(MixedPrecision):
-    """Everything narrow, then the groups whose return to 16 bits gains most, one by one, while the budget lasts.
+class AccuracyAwareMethod(Reversion):
+    """Everything at one width, then the groups whose return to 16 bits gains most, one by one, while the budget lasts.
 
     Gains are measured losses on scoring text, no estimates. NNCF starts from 8 bits and bounds the drop in
     accuracy, not the bits; here the budget bounds the bits, and `max_drop` may end the search earlier.

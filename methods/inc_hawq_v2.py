@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from methods.allocation.fallback import Fallback
 from methods.base import register
-from methods.mixed_precision import MixedPrecision
+from methods.reversion import Reversion
 from methods.sensitivity.inc import INCTrace
 
 
 @register("inc_hawq_v2")
 @dataclass(frozen=True)
-class INCHAWQV2(MixedPrecision):
-    """All linears narrow, then the most sensitive ones back to the widest recipe, in the order of their traces.
+class INCHAWQV2(Reversion):
+    """All linears at one width, then the most sensitive ones back to 16 bits, in the order of their traces.
 
     Args:
         as_shipped: the order of the shipped code for a metric of which less is better, such as perplexity: it
@@ -22,7 +22,7 @@ class INCHAWQV2(MixedPrecision):
             relative change of the running mean of 1e-5 or after 500 probes; a standard error says more.)
     """
 
-    bits: tuple[int, ...] = (2, 3, 4, 8, 16)
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 16)
     granularity: str = "layer"
     solver: str = "inc"
     as_shipped: bool = False
