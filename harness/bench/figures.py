@@ -6,7 +6,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from harness.report import style
 from harness.report.figures import INK
@@ -80,4 +80,6 @@ def _scales(axis: Axes, measured: pd.DataFrame) -> None:
     axis.set_xticks(list(sizes["parameters"]), list(sizes["size"]))
     axis.tick_params(axis="x", labelsize="x-small")
     axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())

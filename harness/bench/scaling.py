@@ -16,6 +16,7 @@ from harness.bench.measure import Measurement, Point, dtype
 FLOOR = 1.0
 """Least exponent of a prediction: fixed costs make the smallest sizes look as if cost grew more slowly."""
 NOT_MEASURED = "not measured"
+NOR = "nor was the size or length before it"
 
 Cell: TypeAlias = tuple[str, int, int]
 """A row's label, and the positions of a length and of a size."""
@@ -84,7 +85,7 @@ def run(
         extra = _predicted(cell, points, done, lambda found: found.extra_bytes)
         reason = _reason(guesses[cell], extra + _weight_bytes(point), limits, perf_counter() - began)
         if reason is None and isinstance(failed := done.get(_before(cell) or cell), str):
-            reason = f"nor was the size or length before it: {failed}"
+            reason = failed if failed.startswith(NOR) else f"{NOR}: {failed}"
         done[cell] = measure(point) if reason is None else reason
         announce(cell[0], lengths[cell[1]], sizes[cell[2]], done[cell])
     return pd.DataFrame(

@@ -2,6 +2,7 @@
 
 python -m harness.report
 python -m harness.report records=results/runs folder=results
+python -m harness.report name=allocators method="mixed solver=*" budget="b*"
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
 from harness.records import Store
-from harness.report import report, terminal
+from harness.report import report, tables, terminal
 from harness.tracking import log_figures
 
 
@@ -26,6 +27,12 @@ class ReportConfig:
     """Folder of the records."""
     folder: str = "results"
     """Gets `tables/` and `figures/`."""
+    name: str = tables.MAIN
+    """Of the tables and, unless it is the main comparison, of the figures."""
+    method: str = "*"
+    """Pattern of the methods' labels to show; the reference is always there."""
+    budget: str = "*"
+    """Pattern of the budgets' labels to show."""
     tracking: str = "offline"
     """wandb, which shows tables and figures as one run: offline, online or disabled."""
     group: str = "report"
@@ -48,7 +55,8 @@ def main(config: ReportConfig) -> None:
     records = Store(config.records).all()
     if not records:
         raise SystemExit(f"{config.records} holds no records; run a sweep first: python -m harness -m --help")
-    paths = report(records, Path(config.folder), console)
+    labels = {"method": config.method, "budget": config.budget}
+    paths = report(records, Path(config.folder), console, config.name, labels)
     log_figures(paths, mode=config.tracking, group=config.group, directory=Path(config.records))
     console.print(f"Wrote {len(paths)} files to {config.folder}/tables and {config.folder}/figures.")
 

@@ -40,7 +40,7 @@ MOST_NUMBERS = 72
 """Columns of the heat strip that still have room for numbers."""
 
 
-def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
+def write(frame: pd.DataFrame, folder: Path, prefix: str = "") -> list[Path]:
     """Write `pareto_…`, `kl_…` and `bits_…`, each as PNG and SVG, for every section with something in it."""
     looks = style.looks(dict(zip(frame["method"], frame["method_name"], strict=True)))
     names = frames.slugs(frame)
@@ -51,7 +51,7 @@ def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
             with matplotlib.rc_context(style.FIGURE):
                 figure = draw(section, done, looks)
                 if figure is not None:
-                    paths += save(figure, folder / f"{kind}_{names[section]}")
+                    paths += save(figure, folder / f"{prefix}{kind}_{names[section]}")
     return paths
 
 

@@ -17,6 +17,7 @@ from harness.records import FAILED, write_atomically
 from harness.report import frame as frames
 from harness.report.display import BLANK, COLUMNS, PERPLEXITY, Display, Note, display, one_line
 
+MAIN = "comparison"
 NOT_IN_CSV = ["settings", "nll", "layers", "reference", "method_name"]
 MARKED = {"": "{}", frames.BEST: "**{}**", frames.TIED: "**{}** †"}
 LEGEND = (
@@ -29,20 +30,21 @@ LEGEND = (
 )
 
 
-def write(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write `comparison.{md,tex,csv}` and `failures.{md,csv}`; the same records give the same bytes."""
+def write(frame: pd.DataFrame, folder: Path, name: str = MAIN) -> list[Path]:
+    """Write `comparison.{md,tex,csv}` (or another name) and `failures.{md,csv}`; the same records give the same
+    bytes."""
     displays = [display(title, rows) for title, rows in frames.sections(frame)]
-    failures = failed(frame)
+    failures, failures_name = failed(frame), "failures" if name == MAIN else f"{name}_failures"
     contents = {
-        "comparison.md": markdown(displays, provenance(frame)),
-        "comparison.tex": latex(displays, provenance(frame)),
-        "comparison.csv": frame.drop(columns=NOT_IN_CSV).to_csv(index=False, lineterminator="\n"),
-        "failures.md": _failures_markdown(failures, provenance(frame)),
-        "failures.csv": failures.to_csv(index=False, lineterminator="\n"),
+        f"{name}.md": markdown(displays, provenance(frame)),
+        f"{name}.tex": latex(displays, provenance(frame)),
+        f"{name}.csv": frame.drop(columns=NOT_IN_CSV).to_csv(index=False, lineterminator="\n"),
+        f"{failures_name}.md": _failures_markdown(failures, provenance(frame)),
+        f"{failures_name}.csv": failures.to_csv(index=False, lineterminator="\n"),
     }
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in contents]
+    for file, content in contents.items():
+        write_atomically(folder / file, content)
+    return [folder / file for file in contents]
 
 
 def provenance(frame: pd.DataFrame) -> str:

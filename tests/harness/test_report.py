@@ -291,6 +291,16 @@ def test_the_same_records_give_the_same_bytes(sweep: list[Record], written: Path
         assert path.read_bytes() == (written / path.relative_to(tmp_path)).read_bytes(), path.name
 
 
+def test_a_part_of_the_records_has_tables_of_its_own(sweep: list[Record], tmp_path: Path) -> None:
+    labels = {"method": "r*", "budget": "w3*"}
+    paths = write_report(sweep, tmp_path, Console(file=io.StringIO()), "part", labels)
+    assert {path.name for path in paths if path.suffix == ".md"} == {"part.md", "part_failures.md"}
+    assert all(path.name.startswith("part") for path in paths)
+    rows = [line for line in (tmp_path / "tables/part.md").read_text().splitlines() if line.startswith("| ")]
+    assert all("fp16" in row or "w3g128" in row for row in rows[1:])
+    assert {row.split("|")[2].strip() for row in rows[1:]} == {"fp16", "rtn"}
+
+
 def test_markdown_marks_the_best_and_escapes(written: Path) -> None:
     text = (written / "tables/comparison.md").read_text()
     assert text.startswith("<!-- Made by python -m harness.report from 32 records; newest 2026-01-01")
