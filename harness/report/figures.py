@@ -28,8 +28,9 @@ SAME_BITS = 20
 """Cells are at equal bits when these agree to a twentieth of a bit: the line goes through their mean."""
 NARROW, WIDE = 8, 300
 """Ratios of an axis' ends at which its ticks change."""
-ASIDE = 0.011
-"""Methods at equal bits are drawn apart by this share of the bits, so that their bars can be told apart."""
+ASIDE, WIDEST = 0.011, 0.055
+"""Methods at equal bits are drawn apart by this share of the bits, so that their bars can be told apart; all of them
+together by no more than the second."""
 INK = "#222222"
 PLAIN_BARS = "bars: 95 % interval; methods at equal bits stand side by side"
 PAIRED_BARS = (
@@ -149,9 +150,10 @@ def _break_marks(upper: Axes, lower: Axes) -> None:
 def _lines(axis: Axes, shown: pd.DataFrame, looks: dict[str, Look]) -> None:
     """Every cell as a point with its interval; a line through the mean of a method's cells at equal bits."""
     present = [label for label in looks if label in set(shown["method"])]
+    share = min(ASIDE, WIDEST / len(present))
     for i, label in enumerate(present):
         look, rows = looks[label], shown[shown["method"] == label]
-        aside = 1 + ASIDE * (i - (len(present) - 1) / 2)
+        aside = 1 + share * (i - (len(present) - 1) / 2)
         line = rows.groupby((rows["effective_bits"] * SAME_BITS).round())[["effective_bits", "value"]].mean()
         marker = _marker(look)
         axis.plot(line["effective_bits"] * aside, line["value"], color=look.color, linestyle=look.line)
@@ -183,7 +185,7 @@ def _finish(figure: Figure, axes: list[Axes], title: str, measure: str, note: st
         axis.xaxis.set_major_locator(FixedLocator(range(1, 17)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
-    axes[-1].set_xlabel("stored bits per quantized weight, scales and zeros included (log scale)")
+    axes[-1].set_xlabel("stored bits a weight, with scales and zeros (log scale)")
     figure.supylabel(measure, fontsize="medium")
     figure.supxlabel(note, fontsize="x-small", color=INK)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -194,7 +196,7 @@ def _plain_log_ticks(axis: Axes) -> None:
     """A few round numbers over a narrow range, 1, 2, 5, 10 … over a wider one; never powers of ten."""
     low, high = axis.get_ylim()
     wide = LogLocator(subs=(1, 2, 5)) if high < WIDE * low else LogLocator(numticks=6)
-    axis.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]) if high < NARROW * low else wide)
+    axis.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]) if high < NARROW * low else wide)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.yaxis.set_minor_locator(NullLocator())
 
