@@ -39,6 +39,8 @@ class PeerConfig:
     """Standard error of every trace, relative to it, or to the median magnitude of all traces where that is larger."""
     max_probes: int = 1024
     """Of ours, and as many drawn labelings."""
+    batch: int = 64
+    """Sequences that PyHessian takes at once; more go through its data loader."""
     every: int = 4
     """PyHessian is measured on every so many linears, and extrapolated to all."""
     probes: int = 12
@@ -160,9 +162,9 @@ def _pyhessian(text: Text, config: PeerConfig, hessian: Runs, fisher: Runs) -> P
     names = text.network.linears
     targets = {name: config.tolerance * scale for name, scale in references(hessian.traces).items()}
     generator = np.random.default_rng(config.seed)
-    draw(text.network, text.seen, names[0], 1, config.seed)  # the first products of a shape are slower
+    draw(text.network, text.seen, names[0], 1, config.seed, config.batch)  # the first products of a shape are slower
     drawn = {
-        name: draw(text.network, text.seen, name, config.probes, config.seed + i)
+        name: draw(text.network, text.seen, name, config.probes, config.seed + i, config.batch)
         for i, name in enumerate(names[:: config.every])
     }
     total, replicates = total_seconds(drawn, targets, len(names), generator)
@@ -209,8 +211,9 @@ def references(traces: Mapping[str, float]) -> dict[str, float]:
 LEGEND = (
     "Traces of the loss’s Hessian, one for every linear, to a standard error of {tolerance:g} times the trace, or the "
     "median magnitude of all traces where that is larger. Ours ran to the end, {repeats} times. PyHessian was measured "
-    "on every {every}th linear, {probes} probes each, over all {sequences} × {length} tokens in one batch; from the "
-    "spread of its probes follow how many the same error takes, and from its seconds for setup and a probe the time, "
+    "on every {every}th linear, {probes} probes each, over all {sequences} × {length} tokens, in one batch or, beyond "
+    "{batch} sequences, through its data loader; from the spread of its probes follow how many the same error takes, "
+    "and from its seconds for setup and a probe the time, "
     "which is extrapolated to all linears in proportion to their number. Its error leaves out the choice of text, "
     "which ours includes: ours takes the next sequence for each probe, PyHessian all of them, so that its products "
     "cost less, and say less, with less text. Brackets: of seconds, fastest and slowest run; of ratios, the 95 % "

@@ -67,10 +67,12 @@ def _criterion(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def draw(network: Network, tokens: Tensor, linear: str, probes: int, seed: int) -> Probes:
-    """Let PyHessian draw this many probes for one linear, over all of `tokens`, int64 [sequences, length], at once.
+def draw(network: Network, tokens: Tensor, linear: str, probes: int, seed: int, batch: int = 0) -> Probes:
+    """Let PyHessian draw this many probes for one linear, over all of `tokens`, int64 [sequences, length].
 
-    Data in one batch is its fastest way: the differentiable gradient is kept for all probes.
+    Data in one batch is its fastest way: the differentiable gradient is kept for all probes. More than `batch`
+    sequences (0 is no bound), whose graph would not fit into memory, go through its data loader, for which it
+    computes the gradient anew in every product.
 
     Raises:
         ValueError: PyHessian is not installed.
@@ -82,7 +84,10 @@ def draw(network: Network, tokens: Tensor, linear: str, probes: int, seed: int) 
         warnings.simplefilter("ignore")  # of a reference cycle, which `trace` breaks by clearing gradients
         torch.manual_seed(seed)  # PyHessian draws from the global generator
         began = perf_counter()
-        opened = tool(_NextToken(network), _criterion, data=(tokens, tokens), cuda=tokens.is_cuda)
+        data: dict[str, Any] = {"data": (tokens, tokens)}
+        if 0 < batch < len(tokens):
+            data = {"dataloader": [(part, part) for part in tokens.split(batch)]}
+        opened = tool(_NextToken(network), _criterion, **data, cuda=tokens.is_cuda)
         middle = perf_counter()
         samples = opened.trace(maxIter=probes, tol=-inf)
         done = perf_counter()

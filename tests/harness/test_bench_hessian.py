@@ -213,11 +213,12 @@ class TestPeer:
             attn_implementation="eager",
         )
 
-    def test_unbiased(self, minute_llama: Network, tokens: Tensor) -> None:
+    @pytest.mark.parametrize("batch", [0, 2])
+    def test_unbiased(self, batch: int, minute_llama: Network, tokens: Tensor) -> None:
         pytest.importorskip("pyhessian", reason="PyHessian is an extra")
         before = [parameter.requires_grad for parameter in minute_llama.model.parameters()]
         for name in (minute_llama.linears[0], minute_llama.linears[-1]):
-            found = peer.draw(minute_llama, tokens, name, 200, seed=1)
+            found = peer.draw(minute_llama, tokens, name, 200, seed=1, batch=batch)
             trace = dense_trace(minute_llama, tokens, name)
             error = found.samples.std(ddof=1) / 200**0.5
             assert abs(found.samples.mean() - trace) < 4 * error
