@@ -33,7 +33,7 @@ class PeerConfig:
     model: str = "package:tiny"
     """A directory, `package:NAME`, or a size of random model such as 4M."""
     sequences: int = 256
-    """Half of what HAWQ-V2 takes at least; the cost of a product of PyHessian grows with them, that of ours does not."""
+    """Half of what HAWQ-V2 takes at least. PyHessian's products cost more with each of them, ours do not."""
     length: int = 128
     """Tokens a sequence."""
     tolerance: float = 0.15

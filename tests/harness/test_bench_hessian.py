@@ -264,7 +264,7 @@ class TestPeer:
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> beside.Comparison:
-    def drawn(network: Network, tokens: Tensor, linear: str, probes: int, seed: int) -> peer.Probes:
+    def drawn(network: Network, tokens: Tensor, linear: str, probes: int, seed: int, batch: int) -> peer.Probes:
         return peer.Probes(np.random.default_rng(seed).normal(1, 0.1, probes), 0.1, 0.2)
 
     monkeypatch.setattr(beside, "draw", drawn)
