@@ -92,7 +92,7 @@ def layers(network: Network, quantized: Quantized, statistics: Statistics | None
             {
                 "name": name,
                 "bits": packed.bits,
-                "input_bits": quantized.inputs.get(name),
+                "input_bits": quantized.inputs[name].bits if name in quantized.inputs else None,
                 "effective_bits": packed.stored_bits() / (out * columns),
                 "output_error": None if statistics is None else _output_error(network, quantized, name, statistics),
                 "sensitivity": quantized.sensitivity.get(name),

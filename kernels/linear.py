@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from torch import Tensor, nn
 
-from kernels.activations import round_tokens
+from kernels.activations import ExceptOutliers, InputRounding
 from kernels.packed import Packed
+
+Inputs: TypeAlias = InputRounding | ExceptOutliers
+"""What rounds a linear's input."""
 
 
 class QuantLinear(nn.Module):
@@ -14,24 +19,24 @@ class QuantLinear(nn.Module):
     Args:
         packed: the weight.
         bias: [out], or None.
-        input_bits: width to which each token of the input is rounded, or None to leave it.
+        inputs: rounds the input first, or None.
     """
 
     packed: Packed
     bias: Tensor | None
+    inputs: Inputs | None
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None, input_bits: int | None = None) -> None:
+    def __init__(self, packed: Packed, bias: Tensor | None = None, inputs: Inputs | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.packed, self.input_bits = packed, input_bits
+        self.packed, self.inputs = packed, inputs
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out], in the dtype of x."""
-        if self.input_bits is not None:
-            x = round_tokens(x, self.input_bits)
+        if self.inputs is not None:
+            x = self.inputs(x)
         return self.packed(x, self.bias)
 
     def extra_repr(self) -> str:
-        inputs = "" if self.input_bits is None else f", input_bits={self.input_bits}"
-        return f"in={self.in_features}, out={self.out_features}, bits={self.packed.bits}{inputs}"
+        return f"in={self.in_features}, out={self.out_features}, bits={self.packed.bits}"

@@ -53,6 +53,10 @@ class Element(Code):
         NaN if the format has one, and otherwise ±max.
         """
 
+    def snap(self, x: Tensor) -> Tensor:
+        """The numbers nearest to `x`, fp32 of any shape."""
+        return self.decode(self.encode(x))
+
 
 class Special(Enum):
     """What the magnitudes beyond the largest finite value stand for."""
@@ -146,6 +150,11 @@ class FixedPoint(Element):
     def values(self) -> Tensor:
         half = 2 ** (self.bits - 1)
         return ((torch.arange(2 * half) + half) % (2 * half) - half) / 2**self.fraction_bits
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Without the detour over codes, since inputs are rounded at every call."""
+        steps = torch.round(x * 2**self.fraction_bits).nan_to_num(nan=torch.inf)
+        return steps.clamp(-self.max * 2**self.fraction_bits, self.max * 2**self.fraction_bits) / 2**self.fraction_bits
 
     def encode(self, x: Tensor) -> Tensor:
         steps = torch.round(x * 2**self.fraction_bits)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from methods.base import Context, Parts, Quantized, Stat, UniformMethod, register
+from methods.base import Context, Parts, Quantized, Stat, register
 from methods.pipeline import quantize_network
 from methods.rounding.nearest import Nearest
 from methods.transforms.awq import AWQScales
+from methods.uniform import AnyFormat
 
 
 @register("awq")
 @dataclass(frozen=True)
-class AWQ(UniformMethod):
+class AWQ(AnyFormat):
     """Activation-aware scales and clipping, then rounding to nearest.
 
     Args:
@@ -27,10 +28,10 @@ class AWQ(UniformMethod):
 
     @property
     def parts(self) -> Parts:
-        return Parts(transform="awq")
+        return Parts(self.format or "integer", "awq")
 
     def quantize(self, ctx: Context) -> Quantized:
-        plan = dict.fromkeys(ctx.network.linears, ctx.budget.format())
+        plan = dict.fromkeys(ctx.network.linears, self.fitted(ctx.budget))
         folds = AWQScales(self.search_sequences, self.clip)(ctx, plan)
         packed = quantize_network(ctx, plan, Nearest())
         return Quantized(packed, folds.parameters, folds.input_scale, folds.output_scale)

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from kernels.linear import Inputs
 from kernels.packed import Packed
 from methods.budget import Budget
 from methods.formats.base import Format
@@ -142,7 +143,7 @@ class Quantized:
     Attributes:
         packed: linear name to packed weight; every linear of the network has one.
         parameters: full names and new values of other parameters (norm gains into which scales were folded).
-        inputs: linear name to the width in bits to which its input is rounded at run time, token by token.
+        inputs: linear name to what rounds its input at run time; inputs of linears not named stay as they are.
         output_scale: linear name to t [out], if row r of the original weight is t_r times the packed row.
         input_scale: linear name to s [in], if the linear's input is divided by s compared with the original model
             and its weights multiplied by s before rounding. Lets errors be measured in original coordinates.
@@ -154,7 +155,7 @@ class Quantized:
     input_scale: dict[str, Tensor] = field(default_factory=dict)
     output_scale: dict[str, Tensor] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
-    inputs: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, Inputs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,9 @@ class Method(ABC):
 
     extra: ClassVar[str] = ""
     """The optional extra of this project that it needs."""
+
+    kv_cache: str = field(default="", kw_only=True)
+    """Number format of cached keys and values, such as `int8`; 16 bits by default. See `kernels.kv_cache`."""
 
     @property
     def parts(self) -> Parts:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.base import Context, Parts, Quantized, UniformMethod, register
+from methods.base import Context, Parts, Quantized, register
 from methods.pipeline import check_stream, quantize_network
 from methods.rounding.gptq import GPTQRounding
+from methods.uniform import AnyFormat
 
 
 @register("gptq")
 @dataclass(frozen=True)
-class GPTQ(UniformMethod):
+class GPTQ(AnyFormat):
     """Column-wise rounding with error feedback, calibrated block by block.
 
     `needs` is empty: the paper calibrates on activations of the partly quantized model, which cannot be
@@ -35,10 +36,10 @@ class GPTQ(UniformMethod):
 
     @property
     def parts(self) -> Parts:
-        return Parts(rounding="gptq")
+        return Parts(self.format or "integer", rounding="gptq")
 
     def quantize(self, ctx: Context) -> Quantized:
-        plan = dict.fromkeys(ctx.network.linears, ctx.budget.format())
+        plan = dict.fromkeys(ctx.network.linears, self.fitted(ctx.budget))
         packed = quantize_network(ctx, plan, self._rounding(), self.stream, self.true_sequential)
         return Quantized(packed)
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from kernels.activations import TokenScale, integers
 from methods.allocation.base import SOLVERS, Problem, Solver
 from methods.base import Budget, Context, Method, Parts, Quantized, Stat, hint
 from methods.formats.base import Format
@@ -158,7 +159,7 @@ class MixedPrecision(Method):
             folds.input_scale,
             folds.output_scale,
             _per_linear(metric, found, ctx.network, formats[0]),
-            {name: recipe.input_bits for name, recipe in plan.items() if recipe.input_bits},
+            {n: TokenScale(integers(recipe.input_bits)) for n, recipe in plan.items() if recipe.input_bits},
         )
 
     def _recipes(self, subject: Subject, losses: Losses) -> dict[str, dict[Recipe, float]]:

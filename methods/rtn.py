@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.base import Context, Quantized, UniformMethod, register
+from methods.base import Context, Parts, Quantized, register
 from methods.pipeline import quantize_network
 from methods.rounding.nearest import Nearest
+from methods.uniform import AnyFormat
 
 
 @register("rtn")
 @dataclass(frozen=True)
-class RTN(UniformMethod):
+class RTN(AnyFormat):
     """Every weight to its nearest grid point.
 
     Args:
@@ -20,6 +21,10 @@ class RTN(UniformMethod):
 
     clip: bool = False
 
+    @property
+    def parts(self) -> Parts:
+        return Parts(self.format or "integer")
+
     def quantize(self, ctx: Context) -> Quantized:
-        plan = dict.fromkeys(ctx.network.linears, ctx.budget.format(clip=self.clip))
+        plan = dict.fromkeys(ctx.network.linears, self.fitted(ctx.budget, clip=self.clip))
         return Quantized(quantize_network(ctx, plan, Nearest()))

@@ -42,12 +42,16 @@ class BlockStream:
     def run(self, index: int) -> list[Tensor]:
         """Outputs of block `index` on the inputs; hooks of the caller see every batch."""
         block = self.network.module(self.network.blocks[index].name)
-        outputs = []
         with torch.no_grad():
-            for hidden in self.inputs:
-                args, kwargs = self._rest[hidden.shape[0]][index]
-                outputs.append(first(block(hidden, *args, **kwargs)))
-        return outputs
+            return [self.call(block, index, hidden) for hidden in self.inputs]
+
+    def call(self, module: Callable[..., Any], index: int, hidden: Tensor) -> Tensor:
+        """The output of `module` in the place of block `index`, for hidden states [batch, length, hidden].
+
+        Differentiable. A batch must have the size of one of the stream's own.
+        """
+        args, kwargs = self._rest[hidden.shape[0]][index]
+        return first(module(hidden, *args, **kwargs))
 
     def _capture(self, blocks: list[nn.Module], batch: Tensor) -> None:
         known = batch.shape[0] in self._rest

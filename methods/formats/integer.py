@@ -57,7 +57,16 @@ class Integer(Format):
         return self.width
 
     def fit(self, weight: Tensor) -> IntegerGrid:
-        return IntegerGrid(self, weight)
+        columns = weight.shape[1]
+        size = self.columns_per_group(columns)
+        ragged = columns % size
+        body, tail = weight[:, : columns - ragged], weight[:, columns - ragged :]
+        scale, zero = self.scale_and_zero(body.unflatten(1, (-1, size)))  # [out, groups]
+        if ragged:
+            last_scale, last_zero = self.scale_and_zero(tail)
+            scale = torch.cat([scale, last_scale[:, None]], dim=1)
+            zero = torch.cat([zero, last_zero[:, None]], dim=1)
+        return IntegerGrid(self, scale, zero, columns)
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         out, columns = shape
@@ -99,20 +108,22 @@ class Integer(Format):
 
 
 class IntegerGrid(Grid):
-    """Scales and zero points, fp32 [out, groups], of one weight matrix."""
+    """Scales and zero points of one weight matrix, fitted by `Integer.fit` or learned.
 
-    def __init__(self, fmt: Integer, weight: Tensor) -> None:
+    Args:
+        fmt: the format.
+        scale: fp32 [out, groups], positive; rounded to what fp16 represents, as it is stored.
+        zero: fp32 [out, groups], whole numbers in [0, 2**width − 1]; of symmetric formats 2**(width − 1).
+        columns: of the matrix.
+    """
+
+    def __init__(self, fmt: Integer, scale: Tensor, zero: Tensor, columns: int) -> None:
         self.format = fmt
-        self.columns = weight.shape[1]
-        self.group_size = fmt.columns_per_group(self.columns)
-        ragged = self.columns % self.group_size
-        body, tail = weight[:, : self.columns - ragged], weight[:, self.columns - ragged :]
-        self.scale, self.zero = fmt.scale_and_zero(body.unflatten(1, (-1, self.group_size)))  # [out, groups]
-        if ragged:
-            scale, zero = fmt.scale_and_zero(tail)
-            self.scale = torch.cat([self.scale, scale[:, None]], dim=1)
-            self.zero = torch.cat([self.zero, zero[:, None]], dim=1)
-        self.group = [column // self.group_size for column in range(self.columns)]
+        self.columns = columns
+        self.group_size = fmt.columns_per_group(columns)
+        self.scale = scale.to(torch.float16).float().clamp(min=TINIEST_SCALE)
+        self.zero = zero
+        self.group = [column // self.group_size for column in range(columns)]
 
     def refit(self, group: int, weight: Tensor) -> None:
         self.scale[:, group], self.zero[:, group] = self.format.scale_and_zero(weight)

@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.base import Stat
 from methods.formats.base import Format
 from methods.network import Network
-from methods.rounding.gptq import damped_factor
+from methods.rounding.sweep import damped_factor
 from methods.sensitivity.base import METRICS, Losses, Metric, Sensitivity, Subject, exact, squared_error
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.activations import round_tokens
+from kernels.activations import TokenScale, integers, round_tokens
 from kernels.linear import QuantLinear
 from kernels.packed import PackedDense
 
@@ -28,6 +28,6 @@ def test_a_linear_rounds_its_input_only_when_told() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(4, 16, generator=generator).half(), torch.randn(3, 16, generator=generator)
     expected = round_tokens(x, 4) @ weight.float().T
-    torch.testing.assert_close(QuantLinear(PackedDense(weight), input_bits=4)(x), expected)
+    torch.testing.assert_close(QuantLinear(PackedDense(weight), inputs=TokenScale(integers(4)))(x), expected)
     torch.testing.assert_close(QuantLinear(PackedDense(weight))(x), x @ weight.float().T)
-    assert "input_bits=4" in repr(QuantLinear(PackedDense(weight), input_bits=4))
+    assert "int4" in repr(QuantLinear(PackedDense(weight), inputs=TokenScale(integers(4))))

@@ -12,8 +12,9 @@ from methods.formats.integer import Integer
 from methods.gptq import GPTQ
 from methods.network import Network
 from methods.rounding.base import ROUNDINGS
-from methods.rounding.gptq import GPTQRounding, damped_factor
+from methods.rounding.gptq import GPTQRounding
 from methods.rounding.nearest import Nearest
+from methods.rounding.sweep import damped_factor
 from methods.rtn import RTN
 
 

@@ -10,7 +10,8 @@ import methods.rounding.gptq
 from methods.base import Context, Stat
 from methods.formats.integer import Integer
 from methods.network import Network
-from methods.rounding.gptq import GPTQRounding, damped_factor
+from methods.rounding.gptq import GPTQRounding
+from methods.rounding.sweep import damped_factor
 from methods.sensitivity.base import METRICS, Subject, entry
 from methods.sensitivity.gptq_loss import GPTQLoss
 from methods.sensitivity.output_error import OutputMSE
