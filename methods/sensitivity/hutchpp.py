@@ -25,6 +25,8 @@ from methods.sensitivity.hvp import Operator, diagonal_block, probe
 
 log = logging.getLogger(__name__)
 
+FEWEST = 4  # probes of the remainder before their spread is trusted
+
 
 @METRICS.register("hutchpp")
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class HutchPlusPlus(Metric):
     text.
 
     Args:
-        products: Hessian-vector products a linear: a third each for the subspace, its trace, and the probes. Three
-            times a third as many vectors of the size of one linear may be in memory.
+        products: most Hessian-vector products a linear: a third each for the subspace, its trace, and the probes.
+            Three times a third as many vectors of the size of one linear may be in memory.
+        tolerance: standard error, relative to the trace, at which no more probes are drawn.
         sequences: sequences of the text in the batch.
         context: tokens used of each sequence, from its beginning.
         blockwise: hold one block's graph at a time, for models that do not fit otherwise; each product then runs
@@ -48,13 +51,16 @@ class HutchPlusPlus(Metric):
     is_trace: ClassVar[bool] = True
 
     products: int = 30
+    tolerance: float = 0.15
     sequences: int = 2
     context: int = 128
     blockwise: bool = False
 
     def __post_init__(self) -> None:
-        if self.products < 4 or min(self.sequences, self.context) < 1:
-            raise ValueError("Hutch++ needs at least 4 products a linear, and positive sequences and context")
+        if self.products < 4 or min(self.sequences, self.context) < 1 or self.tolerance < 0:
+            raise ValueError(
+                "Hutch++ needs at least 4 products a linear, positive sequences and context, and no negative tolerance"
+            )
 
     def __call__(self, subject: Subject) -> Sensitivity:
         network, generator = subject.network, subject.generator()
@@ -65,30 +71,42 @@ class HutchPlusPlus(Metric):
             cost.passes += 2
             for name in network.linears:
                 operator, weight = diagonal_block(product, name), network.linear(name).weight
-                values[name], error[name] = trace(operator, weight, self.products, generator)
-                cost.passes += self.products
+                found = trace(operator, weight, self.products, generator, self.tolerance)
+                values[name], error[name] = found.value, found.error
+                cost.passes += found.products
         report_negative(values)
-        log.info("Hutch++: %d linears, %d products each", len(values), self.products)
+        log.info("Hutch++: %d linears, %d passes", len(values), cost.passes)
         return Sensitivity(values, error, cost)
 
 
-def trace(operator: Operator, like: Tensor, products: int, generator: torch.Generator) -> tuple[float, float]:
-    """The trace of a symmetric operator on tensors shaped like `like`, from at least 4 products; and its standard
-    error.
+@dataclass(frozen=True)
+class Trace:
+    """A trace, its standard error, and the products it took."""
 
-    Algorithm 1 of the paper, unbiased for every symmetric matrix.
+    value: float
+    error: float
+    products: int
+
+
+def trace(operator: Operator, like: Tensor, products: int, generator: torch.Generator, tolerance: float = 0.0) -> Trace:
+    """The trace of a symmetric operator on tensors shaped like `like`, from 4 products or more.
+
+    Algorithm 1 of the paper, unbiased for every symmetric matrix. With a tolerance, the probes of the remainder end
+    early, at a standard error of `tolerance` times the trace.
     """
     size = min(products // 3, like.numel())
     sketch = torch.stack([operator(probe(like, generator)).flatten() for _ in range(size)], dim=1)
     basis = torch.linalg.qr(sketch).Q  # [n, size]
-    captured = [_quadratic_form(operator, column.view_as(like)) for column in basis.T]
-    remainder = []
-    for _ in range(products - 2 * size):
+    captured = sum(_quadratic_form(operator, column.view_as(like)) for column in basis.T)
+    remainder: list[float] = []
+    while len(remainder) < products - 2 * size:
         z = probe(like, generator).flatten()
         for _ in range(2):  # once leaves rounding errors along the directions that matter most
             z = z - basis @ (basis.T @ z)
         remainder.append(_quadratic_form(operator, z.view_as(like)))
-    return sum(captured) + fmean(remainder), standard_error(remainder)
+        if len(remainder) >= FEWEST and standard_error(remainder) <= tolerance * abs(captured + fmean(remainder)):
+            break
+    return Trace(captured + fmean(remainder), standard_error(remainder), 2 * size + len(remainder))
 
 
 def _quadratic_form(operator: Operator, vector: Tensor) -> float:

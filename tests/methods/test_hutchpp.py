@@ -41,10 +41,10 @@ FLAT = matrix(torch.tensor([1.0, -1.0, 1.0]).repeat(20))
 @pytest.mark.parametrize("a", [DECAYING, FLAT])
 def test_estimates_are_unbiased_and_their_errors_honest(a: Tensor) -> None:
     runs = [trace(a.mv, a[0], 9, seeded(seed)) for seed in range(200)]
-    estimates = [value for value, _ in runs]
+    estimates = [found.value for found in runs]
     assert abs(fmean(estimates) - float(a.trace())) < 4 * stdev(estimates) / len(runs) ** 0.5
     # The mean of squared standard errors is the variance, given the subspace; and so on average over subspaces.
-    assert fmean(error**2 for _, error in runs) == pytest.approx(variance(estimates), rel=0.4)
+    assert fmean(found.error**2 for found in runs) == pytest.approx(variance(estimates), rel=0.4)
 
 
 def test_estimates_of_the_hessian_are_unbiased(
@@ -59,7 +59,7 @@ def test_estimates_of_the_hessian_are_unbiased(
 
 def test_it_beats_hutchinson_where_the_spectrum_decays_and_loses_where_it_is_flat() -> None:
     for a, better in ((DECAYING, True), (FLAT, False)):
-        ours = variance([trace(a.mv, a[0], 24, seeded(seed))[0] for seed in range(100)])
+        ours = variance([trace(a.mv, a[0], 24, seeded(seed)).value for seed in range(100)])
         plain = variance([hutchinson(a, 24, seed) for seed in range(100)])
         assert ours < plain / 100 if better else ours > 1.5 * plain
 
@@ -67,15 +67,16 @@ def test_it_beats_hutchinson_where_the_spectrum_decays_and_loses_where_it_is_fla
 def test_low_rank_is_exact() -> None:
     a = matrix(torch.cat([torch.tensor([50.0, -20.0, 3.0]), torch.zeros(37)]))
     for seed in range(5):
-        value, error = trace(a.mv, a[0], 10, seeded(seed))
+        found = trace(a.mv, a[0], 10, seeded(seed))
+        value, error = found.value, found.error
         assert value == pytest.approx(33)
         assert error < 1e-10
 
 
 def test_a_third_of_the_products_finds_the_subspace() -> None:
     a = matrix(torch.cat([torch.tensor([50.0, -20.0, 3.0, 1.0]), torch.zeros(36)]))
-    assert trace(a.mv, a[0], 11, seeded(0))[1] > 1e-3
-    assert trace(a.mv, a[0], 12, seeded(0))[1] < 1e-10
+    assert trace(a.mv, a[0], 11, seeded(0)).error > 1e-3
+    assert trace(a.mv, a[0], 12, seeded(0)).error < 1e-10
 
 
 @pytest.mark.parametrize("products", [4, 5, 10, 30])
@@ -115,3 +116,28 @@ def test_only_the_chosen_tokens_count(minute_llama: Network) -> None:
 def test_senseless_options_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 products"):
         HutchPlusPlus(products=3)
+
+
+def test_probes_end_at_the_tolerance_and_not_before_it() -> None:
+    full = trace(FLAT.mv, FLAT[0], 300, seeded(0))
+    early = trace(FLAT.mv, FLAT[0], 300, seeded(0), tolerance=2 * full.error / abs(full.value))
+    assert early.products < full.products == 2 * 60 + 180
+    assert early.error <= 2 * full.error / abs(full.value) * abs(early.value)
+    hopeless = trace(FLAT.mv, FLAT[0], 60, seeded(0), tolerance=1e-9)
+    assert hopeless.products == 60
+
+
+def test_passes_follow_the_products_taken(minute_llama: Network) -> None:
+    calls = 0
+
+    def counted(vector: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return DECAYING @ vector
+
+    assert trace(counted, DECAYING[0], 30, seeded(0), tolerance=0.5).products == calls < 30
+    eager = METRICS["hutchpp"](products=30, tolerance=10.0)(subject(minute_llama))
+    patient = METRICS["hutchpp"](products=30, tolerance=0.0)(subject(minute_llama))
+    linears = len(minute_llama.linears)
+    assert patient.cost.passes == 2 + 30 * linears
+    assert eager.cost.passes == 2 + 24 * linears  # 20 for the subspace and 4 probes
