@@ -45,6 +45,8 @@ class RunConfig:
     """Folder of the records."""
     cache: str = ".cache/hawq-bench"
     """Folder of statistics that cells share."""
+    toolchains: str = ".cache/toolchains"
+    """Folder of the environments of other projects' tools."""
 
 
 @dataclass

@@ -22,11 +22,15 @@ from harness.cell import Cell
 from harness.code import code_version
 from harness.data import load_texts, windows
 from harness.evaluate import batch_size, evaluate, reference
+from harness.kv_cache import pack_cache, row_format
 from harness.latency import LatencyTable
 from harness.models import load
 from harness.tasks import run_tasks
+from harness.toolchains.environments import Environments
+from harness.toolchains.service import ToolRunner
 from methods.base import Context, Memo, Meter, Quantized, Stat, Statistics, Tracker, UniformMethod, no_meter, no_tracker
 from methods.network import Network
+from methods.toolchains.process import Tools
 
 
 class Unsupported(Exception):
@@ -41,6 +45,8 @@ class Clock:
     on_phase: Callable[[str], None] = lambda _: None
     recalled: float = 0.0
     """Seconds charged for what was not computed."""
+    quantize_peak: int = 0
+    """Peak bytes of the process that quantized, while it did."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -63,8 +69,16 @@ class Clock:
 class Session:
     """A loaded model with its texts, for cells that agree on `cell.model`, `cell.data` and `cell.seed`."""
 
-    def __init__(self, cell: Cell, cache: Cache, device: str = "cpu", meter: Meter = no_meter) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        cache: Cache,
+        device: str = "cpu",
+        meter: Meter = no_meter,
+        environments: Environments | None = None,
+    ) -> None:
         self.model, self.data, self.seed = cell.model, cell.data, cell.seed
+        self.environments = environments
         self.cache, self.device, self.meter = cache, torch.device(device), meter
         self.latency = LatencyTable(cache, self.device)
         loaded = load(cell.model, device)
@@ -86,17 +100,24 @@ class Session:
         reason = cell.method.supports(self.network, cell.budget)
         if reason is not None:
             raise Unsupported(reason)
-        stats = cell.method.statistics | ({Stat.GRAM} if cell.evaluation.layer_error else frozenset())
+        keys_and_values = row_format(cell.method.kv_cache)
+        measure_layers = cell.evaluation.layer_error and cell.method.in_original_coordinates
+        stats = cell.method.statistics | ({Stat.GRAM} if measure_layers else frozenset())
         with clock.phase("statistics"):
             statistics = self.statistics(stats, clock, track)
+        peak = self.meter()
         with clock.phase("quantize"):
             quantized = self._quantize(cell, statistics, clock, track)
+        clock.quantize_peak = peak()
+        if quantized.spent is not None:
+            clock.seconds["quantize"], clock.quantize_peak = quantized.spent
         packed = accounting.packed_copy(self.network, quantized)
         storage = accounting.storage(packed)
+        storage["kv_bits"] = pack_cache(packed, keys_and_values)
         over = _budget_note(cell, self.network, storage["effective_bits"])
         with clock.phase("evaluate"):
             measured = self._evaluate(cell, packed, clock, track)
-        layers = accounting.layers(self.network, quantized, statistics if cell.evaluation.layer_error else None)
+        layers = accounting.layers(self.network, quantized, statistics if measure_layers else None)
         ragged = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
         notes = [note for note in (over, ragged) if note]
         return {**measured, **storage, "layers": layers, "notes": notes}
@@ -150,8 +171,14 @@ class Session:
             track=track,
             meter=self.meter,
             latency=self.latency,
+            tools=self._tools(),
         )
         return cell.method.quantize(context)
+
+    def _tools(self) -> Tools | None:
+        if self.environments is None:
+            return None
+        return ToolRunner(self.environments, self.network, self.tokenizer, self.windows.calibration)
 
     def _evaluate(self, cell: Cell, packed: Any, clock: Clock, track: Tracker) -> dict[str, Any]:
         chosen, tokens = cell.evaluation, self.windows.test

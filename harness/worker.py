@@ -28,6 +28,7 @@ from harness.environment import describe
 from harness.memory import MemoryMeter
 from harness.records import DONE, FAILED, SKIPPED, Record, Store, canonical
 from harness.session import Clock, Session, Unsupported
+from harness.toolchains.environments import Environments
 from methods.base import discover
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,11 @@ class Runner:
                 log.error("%s failed\n%s", " ".join(cell.labels.values()), traceback.format_exc())
             result, self.session = {}, None  # whatever state they are in
         clock.seconds["total"] = time.perf_counter() - began
-        cost = {"seconds": {k: round(v, 4) for k, v in clock.seconds.items()}, "peak_bytes": peak()}
+        cost = {
+            "seconds": {k: round(v, 4) for k, v in clock.seconds.items()},
+            "peak_bytes": peak(),
+            "quantize_peak_bytes": clock.quantize_peak,
+        }
         record = make_record(cell, status, reason, result=result, cost=cost, environment=describe())
         Store(run.results).write(record)
         return record
@@ -68,7 +73,8 @@ class Runner:
         if self.session is None or not self.session.serves(cell):
             self.session = None  # free it before the next is loaded
             with clock.phase("load"):
-                self.session = Session(cell, Cache(run.cache), run.device, self.meter)
+                environments = Environments(run.toolchains)
+                self.session = Session(cell, Cache(run.cache), run.device, self.meter, environments)
         return self.session
 
     def _track(self, items: Iterable[T], description: str) -> Iterator[T]:

@@ -32,6 +32,7 @@ from kernels.packed import Packed
 from methods.budget import Budget
 from methods.formats.base import Format
 from methods.network import Network
+from methods.toolchains.process import Tools
 
 T = TypeVar("T")
 
@@ -134,6 +135,7 @@ class Context:
     track: Tracker = no_tracker
     meter: Meter = no_meter
     latency: Latency | None = None
+    tools: Tools | None = None
 
 
 @dataclass
@@ -144,6 +146,7 @@ class Quantized:
         packed: linear name to packed weight; every linear of the network has one.
         parameters: full names and new values of other parameters (norm gains into which scales were folded).
         inputs: linear name to what rounds its input at run time; inputs of linears not named stay as they are.
+        spent: seconds and peak bytes of a process of its own that did the work.
         output_scale: linear name to t [out], if row r of the original weight is t_r times the packed row.
         input_scale: linear name to s [in], if the linear's input is divided by s compared with the original model
             and its weights multiplied by s before rounding. Lets errors be measured in original coordinates.
@@ -156,6 +159,7 @@ class Quantized:
     output_scale: dict[str, Tensor] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
     inputs: dict[str, Inputs] = field(default_factory=dict)
+    spent: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,9 @@ class Method(ABC):
     needs: ClassVar[frozenset[Stat]] = frozenset()
     uses_budget: ClassVar[bool] = True
     """False for a reference that is the same under every budget, and is run once."""
+
+    in_original_coordinates: ClassVar[bool] = True
+    """False where folded scales are not reported, so that errors of single linears cannot be measured."""
 
     extra: ClassVar[str] = ""
     """The optional extra of this project that it needs."""

@@ -1,0 +1,121 @@
+"""Other projects' tools as methods: they quantize, our codes and our evaluation judge.
+
+One file a tool. It holds the adapter, and what the tool's own process executes:
+
+    IMPORTS = ("tool.package",)  # loaded before the clock starts
+
+    def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        ...
+
+`run` gets the full-precision model and may change it; it imports the tool itself. It returns for each linear NAME
+the tensors `NAME/weight` [out, in], what the tool computes with; `NAME/scale` [out, groups]; and `NAME/zero`
+[out, groups], absent for symmetric grids. Nothing of that is believed: the weights must lie on the grid they claim,
+are packed as ours are, and effective bits are counted from that.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.linear import Inputs
+from kernels.packed import Packed
+from methods.base import Context, Quantized, UniformMethod
+from methods.budget import Budget
+from methods.formats.integer import Integer, IntegerGrid
+from methods.toolchains.process import Answer
+
+OFF_GRID = 0.1
+"""Steps by which a weight may miss its grid: tools compute dequantized weights in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a tool's program may use besides the model.
+
+    Attributes:
+        folder: of the same model in Hugging Face's form, with its tokenizer; for tools that want to load it.
+        tokens: int64 [sequences, length], the calibration text.
+        linears: full names of the linears to quantize.
+    """
+
+    folder: str
+    tokens: Tensor
+    linears: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Toolchain(UniformMethod):
+    """A tool that gives every linear the same integer format; see the module's docstring."""
+
+    requirements: ClassVar[tuple[str, ...]]
+    """What pip installs, with versions."""
+    in_original_coordinates: ClassVar[bool] = False
+
+    @abstractmethod
+    def settings(self, budget: Budget) -> dict[str, Any]:
+        """What the program is told, as JSON can say it."""
+
+    def inputs(self, network_linears: Sequence[str]) -> dict[str, Inputs]:
+        """What rounds the linears' inputs at run time."""
+        del network_linears
+        return {}
+
+    def packed(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Packed:
+        """The tool's `weight`, `scale` and `zero` of one linear, in our form."""
+        return on_grid(tensors["weight"], tensors["scale"], tensors.get("zero"), budget.format())
+
+    def quantize(self, ctx: Context) -> Quantized:
+        if ctx.tools is None:
+            raise ValueError(f"{self.name} runs in a process of its own, which only the harness can start")
+        answer = ctx.tools(type(self).__module__, self.requirements, self.settings(ctx.budget))
+        packed = {name: self._checked(ctx, name, answer) for name in ctx.network.linears}
+        inputs = self.inputs(ctx.network.linears)
+        return Quantized(packed, answer.parameters, inputs=inputs, spent=(answer.seconds, answer.peak_bytes))
+
+    def _checked(self, ctx: Context, name: str, answer: Answer) -> Packed:
+        found = {key.rsplit("/", 1)[1]: t for key, t in answer.tensors.items() if key.rsplit("/", 1)[0] == name}
+        weight = found.get("weight")
+        if weight is None:
+            raise ValueError(f"{self.name} returned nothing for {name}; it may have skipped the linear")
+        if tuple(weight.shape) != ctx.network.shape(name):
+            raise ValueError(f"{self.name} returned {name} as {list(weight.shape)}, not {ctx.network.shape(name)}")
+        for key, tensor in found.items():
+            if not torch.isfinite(tensor.float()).all():
+                raise ValueError(f"{self.name} returned NaN or infinity in {name}/{key}")
+        try:
+            return self.packed(ctx.budget, found)
+        except ValueError as error:
+            raise ValueError(f"{self.name}, {name}: {error}") from error
+
+
+def on_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, fmt: Integer) -> Packed:
+    """Pack dequantized weights that lie on an integer grid.
+
+    Args:
+        weight: [out, in].
+        scale: [out, groups].
+        zero: whole numbers [out, groups], or None where the grid is symmetric.
+
+    Raises:
+        ValueError: the shapes do not fit the format, or a weight is no point of the grid.
+    """
+    out, columns = weight.shape
+    groups = -(-columns // fmt.columns_per_group(columns))
+    if scale.shape != (out, groups):
+        raise ValueError(f"scales of shape {list(scale.shape)} are not {out} rows of {groups} groups")
+    fmt = Integer(fmt.width, fmt.group_size, symmetric=zero is None)
+    middle = torch.full_like(scale, 2 ** (fmt.width - 1)) if zero is None else zero
+    size = fmt.columns_per_group(columns)
+    steps = weight.float() / scale.float().repeat_interleave(size, 1)[:, :columns]
+    codes = steps + middle.float().repeat_interleave(size, 1)[:, :columns]
+    nearest = codes.round()
+    if (codes - nearest).abs().max() > OFF_GRID or nearest.min() < 0 or nearest.max() > 2**fmt.width - 1:
+        raise ValueError(f"its weights do not lie on the {fmt.width}-bit grid that it claims")
+    grid = IntegerGrid(fmt, scale.float(), middle.float(), columns)
+    return grid.pack(nearest.to(torch.uint8))
