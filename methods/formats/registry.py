@@ -6,6 +6,8 @@ from methods.base import hint
 from methods.formats.base import Format
 from methods.formats.dense import Dense
 from methods.formats.floats import FP8, FP8_NAMES, MX, MX_NAMES, NVFP4
+from methods.formats.normal_float import NF4
+from methods.formats.superblock import KQUANTS
 
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
@@ -13,6 +15,9 @@ FORMATS: dict[str, Format] = {
         *(FP8(element) for element in FP8_NAMES),
         *(MX(element, ceil) for ceil in (False, True) for element in MX_NAMES),
         NVFP4(),
+        NF4(),
+        NF4(double=True),
+        *KQUANTS.values(),
         Dense(),
     )
 }
