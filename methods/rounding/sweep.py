@@ -32,7 +32,11 @@ class Columns(ABC):
 
     @abstractmethod
     def begin(self, start: int, weight: Tensor) -> None:
-        """The columns from `start` on are next. `weight` [out, up to `period`] has all compensation so far."""
+        """The columns from `start` on are next. `weight` [out, up to `period`] has all compensation so far.
+
+        Where there are several periods it is a view of the sweep's working copy, in which later compensation
+        appears.
+        """
 
     @abstractmethod
     def take(self, column: Tensor, index: int) -> Tensor:
