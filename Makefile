@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian lint format clean
+.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize parity lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,6 +44,12 @@ sensitivity: $(READY) ## Every sensitivity metric on a model: make sensitivity A
 bench-hessian: $(READY) ## Cost of sensitivity metrics against model size, and beside PyHessian
 	@$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[bench]'
 	@$(BIN)/python -m harness.bench hessian $(ARGS)
+
+bench-quantize: $(READY) ## Seconds and memory of every method, and GPTQ beside its textbook form
+	@$(BIN)/python -m harness.bench quantize $(ARGS)
+
+parity: $(READY) ## Our methods beside the libraries that made them known, each in an environment of its own
+	@$(BIN)/python -m harness.parity $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

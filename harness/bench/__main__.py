@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 
-from harness.bench import hessian
+from harness.bench import hessian, quantize
 from methods.base import hint
 
-BENCHES = {"hessian": hessian.main}
+BENCHES = {"hessian": hessian.main, "quantize": quantize.main}
 
 
 def main() -> int:

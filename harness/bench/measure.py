@@ -61,8 +61,10 @@ SIZES = {
     "1.3B": Size(2048, 26, 32),
     "3B": Size(2560, 38, 40),
     "7B": Size(4096, 32, 64),
+    "tiny": Size(256, 8, 8),
+    "7B-block": Size(4096, 1, 64),
 }
-"""By their parameters in linears."""
+"""By their parameters in linears; `tiny` is shaped like the embedded model."""
 
 
 @dataclass(frozen=True)
