@@ -56,7 +56,8 @@ class TensorScale(InputRounding):
     """max|x| of the whole input becomes the largest element: dynamic, per tensor (SmoothQuant O2)."""
 
     def scale(self, x: Tensor) -> Tensor:
-        return _positive(x.abs().amax() / self.element.max)
+        largest = x.abs().amax() if x.numel() else x.new_zeros(())  # an expert to which no token was routed
+        return _positive(largest / self.element.max)
 
 
 class StaticScale(InputRounding):
@@ -99,7 +100,7 @@ class ExceptOutliers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape and dtype; columns are judged over all tokens of x [..., in]."""
-        outliers = x.abs().flatten(0, -2).amax(0) >= self.threshold  # [in]
+        outliers = (x.abs() >= self.threshold).flatten(0, -2).any(0)  # [in]
         return torch.where(outliers, x, self.rounding(x.masked_fill(outliers, 0)))
 
     def extra_repr(self) -> str:

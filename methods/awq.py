@@ -30,7 +30,7 @@ class AWQ(AnyFormat):
     def parts(self) -> Parts:
         return Parts(self.format or "integer", "awq")
 
-    def quantize(self, ctx: Context) -> Quantized:
+    def quantize_weights(self, ctx: Context) -> Quantized:
         plan = dict.fromkeys(ctx.network.linears, self.fitted(ctx.budget))
         folds = AWQScales(self.search_sequences, self.clip)(ctx, plan)
         packed = quantize_network(ctx, plan, Nearest())

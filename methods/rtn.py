@@ -25,6 +25,6 @@ class RTN(AnyFormat):
     def parts(self) -> Parts:
         return Parts(self.format or "integer")
 
-    def quantize(self, ctx: Context) -> Quantized:
+    def quantize_weights(self, ctx: Context) -> Quantized:
         plan = dict.fromkeys(ctx.network.linears, self.fitted(ctx.budget, clip=self.clip))
         return Quantized(quantize_network(ctx, plan, Nearest()))

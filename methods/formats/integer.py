@@ -23,12 +23,15 @@ class Integer(Format):
 
     Asymmetric: the range is [min(w, 0), max(w, 0)] and the zero point a stored code. Symmetric: the range is
     ±max|w| with the zero point fixed at 2**(bits-1) and scale 2·max|w|/(2**bits − 1), as in GPTQ's code; the
-    largest positive weight is then clipped by half a step.
+    largest positive weight is then clipped by half a step. Restricted: symmetric without the lowest code, so that
+    max|w| of either sign is a grid point, with scale max|w|/(2**(bits-1) − 1), as is usual in INT8 practice
+    (ZeroQuant, LLM.int8(), SmoothQuant).
 
     Args:
         width: bits of a code, 2 to 8.
         group_size: columns that share a scale and zero point; 0 means the whole row (per output channel).
         symmetric: fixed instead of stored zero points.
+        restricted: leave the lowest code of a symmetric grid unused.
         clip: shrink each group's range to minimize Σ|Q(w) − w|^2.4, the search of GPTQ's code
             (80 factors from 1 down to 0.21).
     """
@@ -37,6 +40,7 @@ class Integer(Format):
     group_size: int = 0
     symmetric: bool = False
     clip: bool = False
+    restricted: bool = False
 
     CLIP_FACTORS: ClassVar[tuple[float, ...]] = tuple(1 - i / 100 for i in range(80))
     CLIP_NORM: ClassVar[float] = 2.4
@@ -46,15 +50,23 @@ class Integer(Format):
             raise ValueError(f"integer formats have 2 to 8 bits, not {self.width}")
         if self.group_size < 0:
             raise ValueError(f"group size {self.group_size} is not positive; 0 means per channel")
+        if self.restricted and not self.symmetric:
+            raise ValueError("an asymmetric grid uses all of its codes; give restricted formats symmetric=True")
 
     @property
     def name(self) -> str:
         group = f"g{self.group_size}" if self.group_size else "channel"
-        return f"int{self.width}-{group}{'-sym' if self.symmetric else ''}{'-clip' if self.clip else ''}"
+        options = {"sym": self.symmetric, "restricted": self.restricted, "clip": self.clip}
+        return "-".join([f"int{self.width}", group, *(name for name, chosen in options.items() if chosen)])
 
     @property
     def bits(self) -> float:
         return self.width
+
+    @property
+    def lowest(self) -> int:
+        """The least code in use."""
+        return int(self.restricted)
 
     def fit(self, weight: Tensor) -> IntegerGrid:
         columns = weight.shape[1]
@@ -87,12 +99,17 @@ class Integer(Format):
         scale, zero = self._from_range(low, high)
         for factor in self.CLIP_FACTORS:
             s, z = self._from_range(factor * low, factor * high)
-            codes = _nearest(weight, s.unsqueeze(-1), z.unsqueeze(-1), self.width)
+            codes = self.nearest(weight, s.unsqueeze(-1), z.unsqueeze(-1))
             error = ((codes - z.unsqueeze(-1)) * s.unsqueeze(-1) - weight).abs_().pow_(self.CLIP_NORM).sum(-1)
             better = error < best
             best = torch.where(better, error, best)
             scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
         return scale, zero
+
+    def nearest(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The codes, as floats, of `weight` under scales and zero points that broadcast with it. Half-way cases go to
+        the even multiple of the scale, as torch.round does."""
+        return torch.round(weight / scale).add_(zero).clamp_(self.lowest, 2**self.width - 1)
 
     def _from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         top = 2**self.width - 1
@@ -101,7 +118,7 @@ class Integer(Format):
         if self.symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        scale = ((high - low) / top).to(torch.float16).float().clamp(min=TINIEST_SCALE)
+        scale = ((high - low) / (top - self.lowest)).to(torch.float16).float().clamp(min=TINIEST_SCALE)
         if self.symmetric:
             return scale, torch.full_like(scale, 2 ** (self.width - 1))
         return scale, torch.round(-low / scale).clamp(0, top)
@@ -130,7 +147,7 @@ class IntegerGrid(Grid):
 
     def encode(self, weight: Tensor, start: int = 0) -> Tensor:
         scale, zero = self._columns(start, weight.shape[1])
-        return _nearest(weight, scale, zero, self.format.width).to(torch.uint8)
+        return self.format.nearest(weight, scale, zero).to(torch.uint8)
 
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         scale, zero = self._columns(start, codes.shape[1])
@@ -167,8 +184,3 @@ class IntegerGrid(Grid):
         if group.count(first) == count:
             return self.scale[:, first : first + 1], self.zero[:, first : first + 1]
         return self.scale[:, group], self.zero[:, group]
-
-
-def _nearest(weight: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
-    """Half-way cases go to the even multiple, as torch.round does: floats in [0, 2**width − 1]."""
-    return torch.round(weight / scale).add_(zero).clamp_(0, 2**width - 1)

@@ -35,6 +35,29 @@ def test_symmetric_grid_follows_gptq_and_clips_the_positive_extreme_by_half_a_st
     assert grid.snap(weight)[0, 2] == 0
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_restricted_grid_reaches_both_extremes_and_never_its_lowest_code(width: int) -> None:
+    half = 2 ** (width - 1) - 1
+    step = 2.0**-6  # fp16 holds it exactly
+    points = step * torch.arange(-half, half + 1).float()
+    grid = Integer(width, symmetric=True, restricted=True).fit(points.unsqueeze(0))
+    assert float(grid.scale[0, 0]) == step
+    assert torch.equal(grid.snap(points.unsqueeze(0)), points.unsqueeze(0))
+    assert torch.equal(grid.snap(1000 * points.unsqueeze(0)).unique(), points[[0, half, -1]])  # also where it saturates
+
+
+def test_restricted_grids_are_antisymmetric_and_stored_like_symmetric_ones() -> None:
+    fmt, weight = Integer(4, 32, symmetric=True, restricted=True), gaussian(6, 80)
+    assert torch.equal(snap(fmt, -weight), -snap(fmt, weight))
+    assert not torch.equal(snap(Integer(4, 32, symmetric=True), -weight), -snap(Integer(4, 32, symmetric=True), weight))
+    packed = fmt.fit(weight).pack(fmt.fit(weight).encode(weight))
+    assert torch.equal(packed.dequantize(), snap(fmt, weight))
+    assert packed.stored_bits() == fmt.stored_bits((6, 80)) == Integer(4, 32, symmetric=True).stored_bits((6, 80))
+    assert fmt.name == "int4-g32-sym-restricted"
+    with pytest.raises(ValueError, match="symmetric=True"):
+        Integer(4, restricted=True)
+
+
 @pytest.mark.parametrize(("symmetric", "clip"), product([False, True], repeat=2))
 def test_snapping_is_idempotent_and_scale_equivariant(symmetric: bool, clip: bool) -> None:
     fmt, weight = Integer(3, 32, symmetric, clip), gaussian(8, 64)
