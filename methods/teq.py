@@ -26,13 +26,14 @@ class TEQ(AnyFormat):
     sqrt_w_init: bool = TEQScales.sqrt_w_init
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._transform()
 
     @property
     def parts(self) -> Parts:
         return Parts(self.format or "integer", "teq")
 
-    def quantize(self, ctx: Context) -> Quantized:
+    def quantize_weights(self, ctx: Context) -> Quantized:
         plan = dict.fromkeys(ctx.network.linears, self.fitted(ctx.budget))
         folds = self._transform()(ctx, plan)
         packed = quantize_network(ctx, plan, Nearest())

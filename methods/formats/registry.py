@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from methods.base import hint
 from methods.formats.base import Format
+from methods.formats.codebook import Codebook
 from methods.formats.dense import Dense
 from methods.formats.floats import FP8, FP8_NAMES, MX, MX_NAMES, NVFP4
 from methods.formats.normal_float import NF4
@@ -18,6 +19,7 @@ FORMATS: dict[str, Format] = {
         NF4(),
         NF4(double=True),
         *KQUANTS.values(),
+        *(Codebook(width) for width in range(2, 6)),
         Dense(),
     )
 }

@@ -47,7 +47,8 @@ def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, 
     from torch.utils.data import DataLoader
 
     sequences, length = work.tokens.shape
-    batches = DataLoader([{"input_ids": row} for row in work.tokens], batch_size=settings["batch_size"])  # type: ignore[arg-type]
+    rows: Any = [{"input_ids": row} for row in work.tokens]
+    batches: Any = DataLoader(rows, batch_size=settings["batch_size"])
     tokenizer = _tokenizer(work.folder)
     tool = AutoRound(
         model, tokenizer, dataset=batches, nsamples=sequences, seqlen=length, amp=False, device_map="cpu", **settings

@@ -36,6 +36,7 @@ class ToolInt8(Toolchain):
         return None if budget.bits == 8 else f"LLM.int8() has 8 bits, and the budget is {budget.name}"
 
     def settings(self, budget: Budget) -> dict[str, Any]:
+        del budget
         return {"format": "int8"}
 
     def inputs(self, network_linears: Sequence[str]) -> dict[str, Inputs]:
@@ -59,6 +60,7 @@ class ToolNF4(Toolchain):
         return None if budget.bits == 4 else f"NF4 has 4 bits, and the budget is {budget.name}"
 
     def settings(self, budget: Budget) -> dict[str, Any]:
+        del budget
         return {"format": "nf4"}
 
     def packed(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Packed:
@@ -78,7 +80,7 @@ def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, 
 
     answer = {}
     for name in work.linears:
-        weight = model.get_submodule(name).weight.detach().float()
+        weight = model.get_parameter(f"{name}.weight").detach().float()
         if settings["format"] == "int8":
             codes, maxima, _ = functional.int8_vectorwise_quant(weight.half())
             scale = maxima.float().view(-1, 1) / 127

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kernels.packed import Packed
 from methods.base import register
 from methods.budget import Budget
-from methods.toolchains.base import Toolchain, Work
+from methods.formats.affine import Affine, AffineGrid
+from methods.toolchains.base import OFF_GRID, Toolchain, Work
 
 IMPORTS = ("hqq.core.quantize",)
 
@@ -22,6 +24,16 @@ class ToolHQQ(Toolchain):
     """HQQ's own solver, in groups along the input, with real zero points."""
 
     requirements: ClassVar[tuple[str, ...]] = ("hqq==0.2.8.post1",)
+
+    def packed(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Packed:
+        """On the grid of `hqq`, whose zero points are no whole numbers."""
+        assert budget.bits is not None
+        weight, scale, zero = (tensors[key].float() for key in ("weight", "scale", "zero"))
+        grid = AffineGrid(Affine(budget.bits, budget.group_size), scale, zero, weight.shape[1])
+        codes = grid.encode(weight)
+        if ((grid.decode(codes) - weight).abs() > OFF_GRID * scale.repeat_interleave(grid.group_size, 1)).any():
+            raise ValueError(f"its weights do not lie on the {budget.bits}-bit grid that it claims")
+        return grid.pack(codes)
 
     def settings(self, budget: Budget) -> dict[str, Any]:
         return {"nbits": budget.bits, "group_size": budget.group_size or None}

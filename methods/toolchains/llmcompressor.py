@@ -75,7 +75,8 @@ def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, 
     from llmcompressor import oneshot
 
     sequences, length = work.tokens.shape
-    data = Dataset.from_dict({"input_ids": work.tokens.tolist(), "attention_mask": torch.ones_like(work.tokens).tolist()})
+    everything = torch.ones_like(work.tokens).tolist()
+    data = Dataset.from_dict({"input_ids": work.tokens.tolist(), "attention_mask": everything})
     oneshot(
         model=model,
         dataset=data,
