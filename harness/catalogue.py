@@ -50,7 +50,8 @@ def parts(registry: Registry[Any]) -> Iterator[Row]:
 def _needs(method: Method) -> str:
     """Statistics of the calibration text, derivatives of the loss, packages."""
     needs = [stat.value for stat in sorted(method.statistics)]
-    needs += [f"{stat.value} of the rounded stream" for stat in sorted(ROUNDINGS[method.parts.rounding].needs)]
+    rounding = ROUNDINGS.get(method.parts.rounding)  # a method with a loop of its own names none of these
+    needs += [f"{stat.value} of the rounded stream" for stat in sorted(rounding.needs)] if rounding else []
     if isinstance(method, MixedPrecision):
         needs += [word for word in (CALCULUS[method.sensitivity().derivatives],) if word]
         needs += ["measured losses"] if method.judge_sequences else []
