@@ -2,14 +2,14 @@
 fold the inverse into the preceding operator, and clip what the scales leave over.
 
 Works for any plan of formats and before any rounding. Follows the official code with these exceptions: grids
-are those of the plan's formats, whose range always contains 0; the loss is measured on some of the
-calibration sequences instead of all; and which projections feed attention scores is read off the structure,
-not off names.
+are those of the plan's formats, whose range always contains 0; losses are measured on some of the calibration
+sequences instead of all, those of clipping on at most instead of at least 512 tokens; and which projections feed
+attention scores is read off the structure, not off names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from methods.base import Context, Stat
 from methods.formats.base import Format
+from methods.group_error import group_errors
 from methods.network import Block, Group, Network, hooks
 from methods.stream import BlockStream, Call, first
 from methods.transforms.base import TRANSFORMS, Folds, Transform
@@ -43,7 +44,7 @@ class AWQScales(Transform):
     Args:
         search_sequences: calibration sequences on which candidate scales are compared; the statistic of the
             input's magnitudes covers all of them. The official code compares on all 128 × 512 tokens; a few
-            sequences choose nearly the same scales in a fraction of the time.
+            sequences find scales of nearly the same loss in a fraction of the time.
         clip: search for clipping thresholds after the scales.
     """
 
@@ -121,19 +122,27 @@ def clip_weight(weight: Tensor, fmt: Format, x: Tensor) -> Tensor:
     """`weight` [out, in] clamped to ±c, where c is, per row and group, 0.55 to 1 times the largest magnitude.
 
     Each c minimizes the squared error of what the group contributes to the output on tokens x [tokens, in].
-    With δ the change of the group's weights that is δᵀ (Σ x xᵀ) δ, so no outputs are formed.
     """
     size = fmt.fit(weight).group_size
-    grams = [part.t() @ part for part in x.float().split(size, dim=1)]
+    return clip_groups(weight, fmt, [part.t() @ part for part in x.float().split(size, dim=1)], SHRINK)
+
+
+def clip_groups(weight: Tensor, fmt: Format, blocks: Sequence[Tensor], ratios: Sequence[float]) -> Tensor:
+    """`weight` [out, in] clamped to ±c, c the best of `ratios` times the largest magnitude of the row's group.
+
+    Args:
+        blocks: of the input's Gram matrix, see `methods.group_error`.
+        ratios: of two that are equally good, the first is taken.
+    """
+    size = len(blocks[0])
     largest = torch.stack([part.abs().amax(1) for part in weight.split(size, dim=1)], dim=1)  # [out, groups]
     group = torch.arange(weight.shape[1], device=weight.device) // size
     best, bound = torch.full_like(largest, torch.inf), largest
-    for shrink in SHRINK:
-        limit = (shrink * largest)[:, group]
+    for ratio in ratios:
+        limit = (ratio * largest)[:, group]
         clamped = weight.clamp(-limit, limit)
-        delta = (fmt.fit(clamped).snap(clamped) - weight).split(size, dim=1)
-        error = torch.stack([(d @ gram * d).sum(1) for d, gram in zip(delta, grams, strict=True)], dim=1)
-        bound = torch.where(error < best, shrink * largest, bound)
+        error = group_errors(fmt.fit(clamped).snap(clamped) - weight, blocks)
+        bound = torch.where(error < best, ratio * largest, bound)
         best = torch.minimum(error, best)
     return weight.clamp(-bound[:, group], bound[:, group])
 
