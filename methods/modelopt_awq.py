@@ -39,11 +39,10 @@ class ModelOptAWQ(AnyFormat):
     def parts(self) -> Parts:
         return Parts(self.format or "integer", self.algorithm)
 
-    def quantize(self, ctx: Context) -> Quantized:
+    def quantize_weights(self, ctx: Context) -> Quantized:
         plan = dict.fromkeys(ctx.network.linears, self.fitted(ctx.budget))
         folds = Folds() if self.algorithm == "awq_clip" else AWQLite()(ctx, plan)
         if self.algorithm != "awq_lite":
             clip_network(ctx, plan, folds.input_scale)
         packed = quantize_network(ctx, plan, Nearest())
-        inputs = self.input_roundings(ctx, folds.input_scale)
-        return Quantized(packed, folds.parameters, folds.input_scale, folds.output_scale, inputs=inputs)
+        return Quantized(packed, folds.parameters, folds.input_scale, folds.output_scale)

@@ -97,7 +97,7 @@ def learn_blocks(
     optimizer: Callable[[Parameters], Optimizer],
     loop: Loop,
     schedule: Callable[[float], float] = lambda _: 1.0,
-    own_inputs: bool = False,
+    full_inputs: bool = False,
     both_inputs: bool = False,
 ) -> dict[str, Packed]:
     """Quantize a network block by block; returns linear name to packed weight.
@@ -109,7 +109,8 @@ def learn_blocks(
         student: makes the student of a block, whose weights are still those of full precision.
         optimizer: makes the optimizer of a student's parameters.
         schedule: factor of the learning rates by the share of steps done, from 0 to 1.
-        own_inputs: the teacher reads the quantized blocks' outputs too (ZeroQuant's distillation).
+        full_inputs: the student reads the full-precision blocks' outputs too, so that no block learns to make up for
+            the errors of those before it (ZeroQuant's distillation).
         both_inputs: learn the mean of what the teacher says to either input. Up to a factor of 2 and a constant
             that is the sum of both squared errors (OmniQuant's augmented loss).
     """
@@ -119,9 +120,7 @@ def learn_blocks(
         quantized = BlockStream(network, ctx.tokens, batch)
         full = copy(quantized)
         for index, block in enumerate(ctx.track(network.blocks, "learning")):
-            inputs = _joined(quantized)
-            if own_inputs:
-                full.inputs = quantized.inputs
+            inputs = _joined(full if full_inputs else quantized)
             full.inputs = full.run(index)
             targets = _joined(full)
             if both_inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,9 +53,9 @@ class AnyFormat(UniformMethod):
         done = self.quantize_weights(ctx)
         return replace(done, inputs=self.input_roundings(ctx, done.input_scale))
 
+    @abstractmethod
     def quantize_weights(self, ctx: Context) -> Quantized:
         """Quantize the weight of every linear of `ctx.network`, and leave inputs as they are."""
-        raise NotImplementedError
 
     def input_roundings(self, ctx: Context, input_scale: Mapping[str, Tensor]) -> dict[str, Inputs]:
         """What rounds each linear's input; `input_scale` as in `Quantized`."""

@@ -35,7 +35,7 @@ class ZeroQuant(UniformMethod):
     width; the paper keeps attention in 8 bits where the rest has 4.
 
     LKD trains all parameters of a block, norms and biases among them, and gradients pass straight through the
-    rounding. Teacher and student read the same input, the output of the blocks that are already quantized.
+    rounding. Teacher and student read the same input, the output of the full-precision blocks (section 4.3).
 
     Args:
         input_bits: width of the linears' inputs, 2 to 8; 0 leaves them alone.
@@ -68,7 +68,7 @@ class ZeroQuant(UniformMethod):
         rounded = network.linears if self.input_bits else ()
         inputs: dict[str, Inputs] = {name: TokenScale(integers(self.input_bits)) for name in rounded}
         student = partial(Pupil, network, replace(ctx.budget.format(), symmetric=True), self.rank, inputs)
-        packed = learn_blocks(ctx, student, partial(Adam, lr=self.lr), self._loop(), own_inputs=True)
+        packed = learn_blocks(ctx, student, partial(Adam, lr=self.lr), self._loop(), full_inputs=True)
         changed = [name for block in network.blocks for name in other_parameters(network, block)] if self.steps else []
         return Quantized(packed, {name: network.model.get_parameter(name).detach() for name in changed}, inputs=inputs)
 

@@ -113,7 +113,7 @@ ROUND = {
 
 
 @pytest.mark.parametrize("rounding", ROUND)
-@pytest.mark.parametrize("teacher", ["full", "own", "both"])
+@pytest.mark.parametrize("teacher", ["full", "same", "both"])
 def test_every_block_finds_the_least_squares_solution_for_its_own_inputs(
     toy: Network, context: Callable[..., Context], tokens: Tensor, teacher: str, rounding: str
 ) -> None:
@@ -127,7 +127,7 @@ def test_every_block_finds_the_least_squares_solution_for_its_own_inputs(
         assert torch.equal(toy.weight(toy.linears[0]), first) == (block.name == "layers.0")
         return Rows(toy, block, inputs=inputs)
 
-    options = {"full": {}, "own": {"own_inputs": True}, "both": {"both_inputs": True}}[teacher]
+    options = {"full": {}, "same": {"full_inputs": True}, "both": {"both_inputs": True}}[teacher]
     packed = learn_blocks(ctx, student, Rprop, Loop(200, SEQUENCES), **options)
 
     full = toy.model.embedding(tokens).flatten(0, 1).detach()
@@ -135,9 +135,9 @@ def test_every_block_finds_the_least_squares_solution_for_its_own_inputs(
     expected_first = best_rows(first.sign(), quantized, full @ first.T)
     torch.testing.assert_close(toy.weight(toy.linears[0]), expected_first, atol=1e-4, rtol=1e-4)
 
-    student_input = quantized @ toy.weight(toy.linears[0]).T
-    said = {"full": full @ first.T @ second.T, "own": student_input @ second.T}
-    said["both"] = (said["full"] + said["own"]) / 2
+    student_input = full @ first.T if teacher == "same" else quantized @ toy.weight(toy.linears[0]).T
+    said = dict.fromkeys(("full", "same"), full @ first.T @ second.T)
+    said["both"] = (said["full"] + student_input @ second.T) / 2
     expected = best_rows(second.sign(), round_input(student_input), said[teacher])
     torch.testing.assert_close(toy.weight(toy.linears[1]), expected, atol=1e-4, rtol=1e-3)
     assert list(packed) == list(toy.linears)

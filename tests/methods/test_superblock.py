@@ -194,7 +194,7 @@ def test_the_symmetric_scale_is_the_least_squares_of_the_best_step(key: tuple[in
         ((5, True), lambda x, q: q * (x**2 + 2 * (x**2).mean((0, 1))).sqrt()),
         ((6, True), lambda x, q: q + 0 * x),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
 )
 def test_errors_count_what_they_count_in_llama_cpp(
     key: tuple[int, bool], loss: Callable[[Tensor, Tensor], Tensor]
