@@ -24,6 +24,21 @@ SEATS = (
     "inc_hawq_v2",
     "autoq",
     "mixed",
+    "modelopt_awq",
+    "hqq",
+    "kquant",
+    "squeezellm",
+    "spqr",
+    "sparsegpt",
+    "quip",
+    "slim_llm",
+    "nncf",
+    "teq",
+    "omniquant",
+    "autoround",
+    "smoothquant",
+    "llm_int8",
+    "zeroquant",
 )
 """Methods whose place in tables, and so color, is fixed; append only. Others follow by name."""
 

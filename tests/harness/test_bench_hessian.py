@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from harness.bench import beside, figures, hessian, peer, plans, tables
 from harness.bench.measure import SIZES, Measurement, Point, Size, dtype, measure, measure_alone, random_network
 from harness.bench.scaling import Grid, Limits, fit, predict, run, summarize
+from harness.checkpoints import ASSETS
 from harness.report.figures import save
 from methods.budget import Budget
 from methods.network import Network
@@ -175,8 +177,12 @@ class TestMeasure:
     def test_sizes_are_called_what_they_are(self) -> None:
         units = {"M": 1e6, "B": 1e9}
         for name, size in SIZES.items():
-            assert size.parameters == pytest.approx(float(name[:-1]) * units[name[-1]], rel=0.1)
+            if name[:-1].replace(".", "").isdigit():
+                assert size.parameters == pytest.approx(float(name[:-1]) * units[name[-1]], rel=0.1)
             assert size.hidden % (2 * size.heads) == 0  # rotary embeddings halve a head
+        settings = json.loads((ASSETS / "tiny" / "config.json").read_text())
+        assert (SIZES["tiny"].hidden, SIZES["tiny"].blocks) == (settings["hidden_size"], settings["num_hidden_layers"])
+        assert replace(SIZES["7B"], blocks=1) == SIZES["7B-block"]
 
     def test_precision(self) -> None:
         assert dtype(point("metric", "hutchinson")) == dtype(point()) == torch.float32
