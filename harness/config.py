@@ -95,7 +95,8 @@ def register_configs() -> None:
 
 def named_budgets() -> dict[str, Budget]:
     """Every budget that has a name, such as `w4g128`, `w8channel` and `b3.25`."""
-    uniform = [Budget(bits=w, group_size=g) for w in WIDTHS for g in (*GROUP_SIZES, 0)]
+    symmetry = (False, True)
+    uniform = [Budget(bits=w, group_size=g, symmetric=s) for w in WIDTHS for g in (*GROUP_SIZES, 0) for s in symmetry]
     mixed = {f"b{bits:g}": Budget(effective_bits=bits) for bits in MIXED_BUDGETS}
     return {budget.name: budget for budget in uniform} | mixed
 

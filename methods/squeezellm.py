@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.packed import Packed
 from kernels.packed_sum import PackedSparse, PackedSum
 from methods.base import Context, Parts, Quantized, UniformMethod, register
+from methods.budget import Budget
 from methods.formats.codebook import Codebook
 from methods.network import Network
 from methods.sensitivity.base import Subject
@@ -19,6 +20,7 @@ from methods.sensitivity.fisher import fisher_diagonals
 
 STEPS = 2**10  # of outlyingness, per doubling
 LEVELS = 128 * STEPS + 1  # fp32 ends below 2^128
+FULL_WIDTH = 16  # bits of a weight that is not quantized
 
 
 @register("squeezellm")
@@ -46,6 +48,16 @@ class SqueezeLLM(UniformMethod):
             raise ValueError(
                 f"outliers={self.outliers} and sensitive={self.sensitive} are shares of the weights, from 0 to 1"
             )
+
+    def supports(self, network: Network, budget: Budget) -> str | None:
+        reason = super().supports(network, budget)
+        if reason is not None:
+            return reason
+        fmt = Codebook(budget.format().width)
+        stored = sum(fmt.stored_bits(shape) for shape in network.shapes) / sum(out * n for out, n in network.shapes)
+        if stored < FULL_WIDTH:
+            return None
+        return f"a table of {2**fmt.width} entries for every row stores {stored:.1f} bits a weight: rows are too short"
 
     @property
     def parts(self) -> Parts:

@@ -22,10 +22,12 @@ class ToolAutoRound(Toolchain):
 
     Args:
         iters: optimization steps a block; the library's default is 200.
+        lr: learning rate; the library's choice by default.
         batch_size: sequences a step.
     """
 
     iters: int = 200
+    lr: float | None = None
     batch_size: int = 8
 
     requirements: ClassVar[tuple[str, ...]] = ("auto-round==0.16.1",)
@@ -37,6 +39,7 @@ class ToolAutoRound(Toolchain):
             "group_size": budget.group_size or -1,
             "sym": budget.symmetric,
             "iters": self.iters,
+            "lr": self.lr,
             "batch_size": self.batch_size,
         }
 

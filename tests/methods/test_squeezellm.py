@@ -207,3 +207,10 @@ def test_it_wants_a_width(small_llama: Build) -> None:
 def test_shares_are_shares(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="shares"):
         SqueezeLLM(**options)
+
+
+def test_rows_too_short_for_their_tables_are_refused(small_llama: Build) -> None:
+    network = small_llama()
+    assert SqueezeLLM().supports(network, Budget(bits=4, group_size=32)) is None
+    # 256 entries of 16 bits for rows of 64 and 96 weights.
+    assert "rows are too short" in str(SqueezeLLM().supports(network, Budget(bits=8, group_size=32)))
