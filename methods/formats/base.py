@@ -8,8 +8,11 @@ algorithms see only this interface, so that each works with each format.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from kernels.packed import Packed
@@ -52,6 +55,40 @@ class Grid(ABC):
     def snap(self, weight: Tensor, start: int = 0) -> Tensor:
         """The grid points nearest to `weight` [out, n]: fp32 [out, n]."""
         return self.decode(self.encode(weight, start), start)
+
+
+class BlockGrid(Grid):
+    """A grid whose scales belong to blocks of neighboring columns, with no room for a group index.
+
+    Attributes:
+        format: that it was fitted for.
+        group: the block of each column, int64 [in].
+    """
+
+    format: Format
+    group: Tensor
+
+    def permuted(self, order: Tensor) -> Self:
+        grid = copy(self)
+        grid.group = self.group[order]
+        return grid
+
+    def in_matrix_order(self, codes: Tensor, order: Tensor | None) -> Tensor:
+        """The codes [out, in] in the order of the matrix, see `pack`.
+
+        Raises:
+            ValueError: the columns of a block are not neighbors there.
+        """
+        group = self.group
+        if order is not None:
+            inverse = torch.argsort(order)
+            codes, group = codes[:, inverse], group[inverse]
+        if not torch.equal(group, torch.arange(len(group), device=group.device) // self.group_size):
+            raise ValueError(
+                f"{self.format.name} stores no group index, so its blocks must be neighboring columns; "
+                "fit the scales in the original column order (static_groups=true with act_order=true)"
+            )
+        return codes
 
 
 @dataclass(frozen=True)

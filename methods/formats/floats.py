@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from kernels.minifloat import E2M1, E2M3, E3M2, E4M3, E5M2, E8M0, MX_INT8, Code, Element
 from kernels.packed_float import PackedFloat, decoded_scale
 from kernels.packing import pack, row_bytes
-from methods.formats.base import Format, Grid
+from methods.formats.base import BlockGrid, Format
 from methods.formats.integer import TINIEST_SCALE
 
 FP8_NAMES: dict[Element, str] = {E4M3: "fp8", E5M2: "fp8-e5m2"}
@@ -170,8 +169,10 @@ class NVFP4(ScaledFloat):
         return E4M3.encode(torch.where(largest == 0, 1.0, ratio))
 
 
-class FloatGrid(Grid):
+class FloatGrid(BlockGrid):
     """Scales of one weight matrix, as stored and as the fp32 factors [out, groups] they stand for."""
+
+    format: ScaledFloat
 
     def __init__(self, fmt: ScaledFloat, weight: Tensor) -> None:
         self.format = fmt
@@ -191,21 +192,8 @@ class FloatGrid(Grid):
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         return self.format.element.decode(codes) * self._columns(start, codes.shape[1])
 
-    def permuted(self, order: Tensor) -> FloatGrid:
-        grid = copy(self)
-        grid.group = self.group[order]
-        return grid
-
     def pack(self, codes: Tensor, order: Tensor | None = None) -> PackedFloat:
-        group = self.group
-        if order is not None:
-            inverse = torch.argsort(order)
-            codes, group = codes[:, inverse], group[inverse]
-        if not torch.equal(group, torch.arange(len(group), device=group.device) // self.group_size):
-            raise ValueError(
-                f"{self.format.name} stores no group index, so its blocks must be neighboring columns; "
-                "fit the scales in the original column order (static_groups=true with act_order=true)"
-            )
+        codes = self.in_matrix_order(codes, order)
         return PackedFloat(
             pack(codes, self.format.element.bits),
             self.stored,

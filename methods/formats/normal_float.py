@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kernels.packed_normal_float import DYNAMIC, NF4_LEVELS, SECOND_BLOCK, PackedNormalFloat, decoded_scale, spread
 from kernels.packing import pack, row_bytes
-from methods.formats.base import Format, Grid
+from methods.formats.base import BlockGrid, Format
 
 BLOCK = 64
 
@@ -51,9 +50,10 @@ class NF4(Format):
         return 8 * out * row_bytes(columns, NF4_LEVELS.bits) + scales
 
 
-class NF4Grid(Grid):
+class NF4Grid(BlockGrid):
     """Block scales of one weight matrix, as stored and as the fp32 numbers [out, blocks] they stand for."""
 
+    format: NF4
     factor: Tensor | None
     mean: Tensor | None
 
@@ -77,21 +77,8 @@ class NF4Grid(Grid):
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         return NF4_LEVELS.decode(codes) * self._columns(start, codes.shape[1])
 
-    def permuted(self, order: Tensor) -> NF4Grid:
-        grid = copy(self)
-        grid.group = self.group[order]
-        return grid
-
     def pack(self, codes: Tensor, order: Tensor | None = None) -> PackedNormalFloat:
-        group = self.group
-        if order is not None:
-            inverse = torch.argsort(order)
-            codes, group = codes[:, inverse], group[inverse]
-        if not torch.equal(group, torch.arange(len(group), device=group.device) // self.group_size):
-            raise ValueError(
-                f"{self.format.name} stores no group index, so its blocks must be neighboring columns; "
-                "fit the scales in the original column order (static_groups=true with act_order=true)"
-            )
+        codes = self.in_matrix_order(codes, order)
         return PackedNormalFloat(
             pack(codes, NF4_LEVELS.bits),
             self.stored,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kernels.packed_superblock import LAYOUTS, SUPER_BLOCK, Layout, Level, PackedSuperBlock, dequantized
 from kernels.packing import row_bytes
-from methods.formats.base import Format, Grid
+from methods.formats.base import BlockGrid, Format
 from methods.formats.superblock_search import SEARCHES, ratio
 
 LEAST_IMPORTANCE = 1e-6  # of the mean: unlike in llama.cpp, inputs that were never active keep their weights
@@ -67,9 +66,10 @@ KQUANTS = {width: SuperBlock(width) for width in LAYOUTS}
 """q2_k to q6_k, by width."""
 
 
-class SuperBlockGrid(Grid):
+class SuperBlockGrid(BlockGrid):
     """Scales and minima of one weight matrix, as stored and as the fp32 numbers [out, sub-blocks] they stand for."""
 
+    format: SuperBlock
     scale: Tensor
     minimum: Tensor | None
 
@@ -99,21 +99,8 @@ class SuperBlockGrid(Grid):
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         return dequantized(codes, *self._columns(start, codes.shape[1]), self.layout)
 
-    def permuted(self, order: Tensor) -> SuperBlockGrid:
-        grid = copy(self)
-        grid.group = self.group[order]
-        return grid
-
     def pack(self, codes: Tensor, order: Tensor | None = None) -> PackedSuperBlock:
-        group = self.group
-        if order is not None:
-            inverse = torch.argsort(order)
-            codes, group = codes[:, inverse], group[inverse]
-        if not torch.equal(group, torch.arange(len(group), device=group.device) // self.group_size):
-            raise ValueError(
-                f"{self.format.name} stores no group index, so its blocks must be neighboring columns; "
-                "fit the scales in the original column order (static_groups=true with act_order=true)"
-            )
+        codes = self.in_matrix_order(codes, order)
         scale, *rest = self.levels
         return PackedSuperBlock(codes, scale, rest[0] if rest else None, layout=self.layout)
 
