@@ -19,7 +19,7 @@ from methods.base import Stat
 from methods.formats.base import Format, Grid
 from methods.rounding.base import ROUNDINGS, Rounded, Rounder, Rounding
 from methods.rounding.gptq import GridColumns
-from methods.rounding.sweep import damped_factor, sweep
+from methods.rounding.sweep import damped_factor, dead_inputs, sweep
 
 
 @ROUNDINGS.register("ldlq")
@@ -52,8 +52,7 @@ class LDLQ(Rounding):
     def given(self, gram: Tensor | None) -> Rounder:
         if gram is None:
             raise ValueError("LDLQ rounds by the Gram matrix of the linear's input, and none was given")
-        energy = gram.diagonal()
-        dead = (energy == 0) & energy.any()  # without any data (an expert never reached) keep all weights
+        dead = dead_inputs(gram)
         factor = damped_factor(gram.flip(0, 1), self.damping)
 
         def rounder(weight: Tensor, fmt: Format) -> Rounded:

@@ -17,7 +17,7 @@ from methods.formats.base import Format, Grid
 from methods.formats.dense import DenseGrid
 from methods.rounding.base import ROUNDINGS, Rounded, Rounder, Rounding
 from methods.rounding.gptq import GridColumns
-from methods.rounding.sweep import damped_factor, sweep
+from methods.rounding.sweep import damped_factor, dead_inputs, sweep
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ class SparseGPTRounding(Rounding):
     def given(self, gram: Tensor | None) -> Rounder:
         if gram is None:
             raise ValueError("SparseGPT prunes by the Gram matrix of the linear's input, and none was given")
-        energy = gram.diagonal()
-        dead = (energy == 0) & energy.any()  # without any data (an expert never reached) keep all weights
+        dead = dead_inputs(gram)
         factor = damped_factor(gram, self.damping)
 
         def rounder(weight: Tensor, fmt: Format) -> Rounded:

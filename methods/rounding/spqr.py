@@ -15,7 +15,7 @@ from methods.base import Stat
 from methods.formats.base import Format
 from methods.formats.two_level import EXACT, TwoLevel
 from methods.rounding.base import ROUNDINGS, Rounded, Rounder, Rounding
-from methods.rounding.sweep import Columns, damped_factor, sweep
+from methods.rounding.sweep import Columns, by_energy, damped_factor, dead_inputs, sweep
 
 
 @ROUNDINGS.register("spqr")
@@ -56,9 +56,8 @@ class SpQRRounding(Rounding):
     def given(self, gram: Tensor | None) -> Rounder:
         if gram is None:
             raise ValueError("SpQR rounds by the Gram matrix of the linear's input, and none was given")
-        energy = gram.diagonal()
-        order = torch.argsort(energy, descending=True, stable=True) if self.act_order else None
-        dead = (energy == 0) & energy.any()  # without any data (an expert never reached) keep all weights
+        order = by_energy(gram) if self.act_order else None
+        dead = dead_inputs(gram)
         factor = damped_factor(gram if order is None else gram[order][:, order], self.damping)
 
         def rounder(weight: Tensor, fmt: Format) -> Rounded:

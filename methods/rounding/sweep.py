@@ -87,6 +87,20 @@ def _sweep_block(current: Tensor, inverse: Tensor, columns: Columns, start: int,
         current[i + 1 :].addr_(share[i, i + 1 :], column - result[i], alpha=-1)
 
 
+def by_energy(gram: Tensor) -> Tensor:
+    """Inputs in decreasing order of their energy, the diagonal of the Gram matrix: int64 [in]."""
+    return torch.argsort(gram.diagonal(), descending=True, stable=True)
+
+
+def dead_inputs(gram: Tensor) -> Tensor:
+    """Inputs that are always zero, and say nothing about their weights: bool [in].
+
+    None where no data came at all (an expert never reached): its weights are all to be kept.
+    """
+    energy = gram.diagonal()
+    return (energy == 0) & energy.any()
+
+
 def damped_factor(gram: Tensor, damping: float) -> Tensor:
     """R, upper triangular fp32 [in, in], with R Rᵀ = gram + damping · mean diagonal · I.
 
