@@ -18,6 +18,7 @@ from methods.base import Stat
 from methods.formats.base import Format, Grid
 from methods.formats.integer import TINIEST_SCALE, WIDTHS
 from methods.rounding.base import Rounded, Rounder, Rounding
+from methods.rounding.sweep import dead_inputs
 
 FLOOR = 1e-8  # of the mean: least energy of an input or a column that the rescaling sees
 
@@ -114,8 +115,7 @@ class Incoherence(Rounding):
     def given(self, gram: Tensor | None) -> Rounder:
         if gram is None:
             raise ValueError("incoherence processing needs the Gram matrix of the linear's input, and none was given")
-        energy = gram.diagonal()
-        dead = (energy == 0) & energy.any()
+        dead = dead_inputs(gram)
         return partial(self._round, damped(gram, self.damping), dead)
 
     def _round(self, hessian: Tensor, dead: Tensor, weight: Tensor, fmt: Format) -> Rounded:

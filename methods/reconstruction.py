@@ -287,8 +287,3 @@ def straight_through(x: Tensor, value: Tensor) -> Tensor:
     """`value`, of the shape of x; gradients go to x as if nothing had happened (the straight-through estimator)."""
     result: Tensor = _StraightThrough.apply(x, value.detach())
     return result
-
-
-def round_through(x: Tensor) -> Tensor:
-    """Nearest whole numbers; gradients pass straight through."""
-    return straight_through(x, torch.round(x))

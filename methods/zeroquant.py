@@ -18,7 +18,7 @@ from methods.base import Context, Parts, Quantized, UniformMethod, register
 from methods.formats.base import Format
 from methods.low_rank import low_rank
 from methods.network import Block, Network
-from methods.reconstruction import Loop, Parameters, Student, learn_blocks
+from methods.reconstruction import Loop, Parameters, Student, learn_blocks, straight_through
 from methods.rounding.nearest import round_to_nearest
 
 INPUT_WIDTHS = range(2, 9)
@@ -106,7 +106,7 @@ class Pupil(Student):
     def _rounded(self, weight: Tensor) -> Tensor:
         """The nearest grid points; gradients pass straight through."""
         fixed = weight.detach()
-        return weight + (self.format.fit(fixed).snap(fixed) - fixed)
+        return straight_through(weight, self.format.fit(fixed).snap(fixed))
 
     def _packed(self, name: str) -> Packed:
         """Round a linear for good. What is compensated is the distance to its original weight, as in ZeroQuant-V2."""

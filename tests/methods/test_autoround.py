@@ -12,7 +12,7 @@ from methods.formats.integer import Integer
 from methods.gptq import GPTQ
 from methods.learned_clipping import LearnedInteger, ranges
 from methods.network import Block, Group, Network
-from methods.reconstruction import round_through, straight_through
+from methods.reconstruction import straight_through
 from methods.rounding.nearest import round_to_nearest
 from methods.rtn import RTN
 from methods.stream import BlockStream
@@ -95,14 +95,17 @@ def test_derivatives_are_those_of_the_formula_with_straight_through_rounding(sym
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (groups, low, high, offset)]
     upstream = torch.randn(6, 40, generator=generator)
 
+    def nearest(x: Tensor) -> Tensor:
+        return straight_through(x, torch.round(x))
+
     def formula(w: Tensor, low: Tensor, high: Tensor, v: Tensor) -> Tensor:
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
         scale = (high - low) / 7
         scale = straight_through(scale, scale.half().float()).unsqueeze(-1)
-        zero = torch.tensor(4.0) if symmetric else round_through(-low.unsqueeze(-1) / scale)
-        code = (round_through(w / scale + v) + zero).clamp(0, 7)
+        zero = torch.tensor(4.0) if symmetric else nearest(-low.unsqueeze(-1) / scale)
+        code = (nearest(w / scale + v) + zero).clamp(0, 7)
         return ((code - zero) * scale).flatten(1)[:, :40]
 
     expected = formula(*leaves)

@@ -13,7 +13,7 @@ from kernels.linear import Inputs
 from kernels.packed import Packed, PackedDense
 from methods.base import Context
 from methods.network import Block, Group, Network
-from methods.reconstruction import Loop, Parameters, Student, learn_blocks, round_through, rounded_inputs
+from methods.reconstruction import Loop, Parameters, Student, learn_blocks, rounded_inputs, straight_through
 
 WIDTH, SEQUENCES, LENGTH = 6, 12, 5
 
@@ -335,7 +335,7 @@ def test_gradients_pass_through_the_rounding_and_its_scale(toy: Network) -> None
 
 def test_whole_numbers_forward_and_the_identity_backward() -> None:
     x = torch.tensor([-1.5, -0.4, 0.5, 2.6], requires_grad=True)
-    y = round_through(x)
+    y = straight_through(x, torch.round(x))
     assert y.tolist() == [-2, 0, 0, 3]
     y.backward(torch.arange(4.0))
     assert x.grad is not None
