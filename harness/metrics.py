@@ -13,6 +13,8 @@ NUMBERS = (
     "tokens",
     "length",
     "effective_bits",
+    "limit_bits",
+    "kv_bits",
     "linear_bytes",
     "model_bytes",
     "embedding_bytes",

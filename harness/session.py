@@ -114,7 +114,8 @@ class Session:
         packed = accounting.packed_copy(self.network, quantized)
         storage = accounting.storage(packed)
         storage["kv_bits"] = pack_cache(packed, keys_and_values)
-        over = _budget_note(cell, self.network, storage["effective_bits"])
+        storage["limit_bits"] = _limit(cell, self.network)
+        over = _budget_note(cell, storage["effective_bits"], storage["limit_bits"])
         with clock.phase("evaluate"):
             measured = self._evaluate(cell, packed, clock, track)
         layers = accounting.layers(self.network, quantized, statistics if measure_layers else None)
@@ -221,14 +222,18 @@ def _no_statistics(stat: Stat, linear: str) -> Tensor:
     raise KeyError(f"statistic {stat.value} of {linear} was not declared in the method's `needs`")
 
 
-def _budget_note(cell: Cell, network: Network, effective_bits: float) -> str | None:
-    """A sentence where a uniform width stores more than its format does by itself (GPTQ's group index).
+def _limit(cell: Cell, network: Network) -> float | None:
+    """Most bits a weight that the cell's budget allows, or None."""
+    return cell.budget.limit(network.shapes, network.other_parameters) if cell.method.uses_budget else None
+
+
+def _budget_note(cell: Cell, effective_bits: float, limit: float | None) -> str | None:
+    """A sentence where a uniform width stores more than its budget allows (GPTQ's group index, SpQR's outliers).
 
     Raises:
         ValueError: a method that chooses widths stored more than its budget, which is a failure, not a data point.
     """
-    limit = cell.budget.limit(network.shapes, network.other_parameters)
-    if not cell.method.uses_budget or limit is None or effective_bits <= limit + 1e-9:
+    if limit is None or effective_bits <= limit + 1e-9:
         return None
     excess = f"{cell.method.label} stored {effective_bits:.4f} bits a weight, over the {limit:.4f} of its budget"
     if isinstance(cell.method, UniformMethod):

@@ -21,6 +21,8 @@ from harness.report import style
 
 NOT_RUN = "not run"
 BEST, TIED = "best", "tied"
+EXCESS = 1.025
+"""Stored bits over those of the budget, up to which cells compete: a group index, or a width for each group."""
 
 TEXTS = ("reason", "key", "created", "git")
 DIFFERENCE = ("delta_nll", "delta_nll_low", "delta_nll_high", "delta", "delta_low", "delta_high")
@@ -157,9 +159,13 @@ def _differences(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _standings(frame: pd.DataFrame) -> pd.Series:
-    """Who is best in each block, and who cannot be told from the best. One cell alone is neither."""
+    """Who is best in each block, and who cannot be told from the best. One cell alone is neither.
+
+    Cells that stored more than their budget do not compete: their perplexity is that of other bits.
+    """
     standing: dict[Any, str] = {}
-    contenders = frame[~frame["reference"] & (frame["status"] == DONE)]
+    within = ~(frame["effective_bits"] > EXCESS * frame["limit_bits"])  # without a limit, all are
+    contenders = frame[~frame["reference"] & (frame["status"] == DONE) & within]
     for _, block in contenders.groupby(["section", "budget"]):
         best, *others = [row for _, row in block.sort_values("perplexity", kind="stable").iterrows()]
         rivals = [row for row in others if _comparable(row, best)]

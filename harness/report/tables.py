@@ -24,7 +24,8 @@ LEGEND = (
     "Perplexity per token, lower is better; ± half a 95 % bootstrap interval over sequences. "
     "Δ: difference from fp16, with the interval of the paired difference. "
     "KL: mean divergence from fp16 in nats a token; top-1: how often both agree on the next token. "
-    "Bold: best of its budget, or (†) not significantly different from the best (paired 95 % interval). "
+    "Bold: best of its budget, or (†) not significantly different from the best (paired 95 % interval); who stores "
+    "over 2.5 % more than the budget does not compete. "
     "Bits: nominal, and as stored for the quantized linears; MB: the whole model. "
     f"{BLANK}: not run."
 )

@@ -217,6 +217,17 @@ def test_best_and_tied_rest_on_paired_intervals() -> None:
     assert list(alone["standing"]) == [""]
 
 
+def test_who_stores_more_than_the_budget_does_not_compete() -> None:
+    def stored(method: str, loss: float, bits: float) -> Record:
+        record = make(method, loss=loss)
+        return replace(record, result={**record.result, "effective_bits": bits, "limit_bits": 4.0})
+
+    records = [stored("rtn", 0.1, 4.0), stored("gptq", 0.05, 4.09), stored("awq", 0.01, 4.11)]
+    table = frame.build(records)
+    standing = dict(zip(table["method"], table["standing"], strict=True))
+    assert standing == {"rtn": "", "gptq": frame.BEST, "awq": ""}
+
+
 def test_no_records_is_an_error() -> None:
     with pytest.raises(ValueError, match="no records"):
         frame.build([])
