@@ -33,9 +33,10 @@ from harness.bench.textbook import textbook_gptq
 from harness.config import build, part
 from harness.messages import refusing, status
 from harness.records import write_atomically
-from methods.base import METHODS, Method, hint
+from methods.base import METHODS, Method, UniformMethod, hint
 from methods.formats.integer import Integer
 from methods.rounding.gptq import GPTQRounding
+from methods.toolchains.base import Toolchain
 
 console = Console()
 
@@ -122,8 +123,7 @@ def measurable() -> list[str]:
 
 
 def _measurable(cls: type[Method]) -> bool:
-    alone = not cls.extra and "toolchains" not in cls.__module__
-    return alone and cls.uses_budget and not hasattr(cls, "sensitivity")
+    return issubclass(cls, UniformMethod) and not issubclass(cls, Toolchain)
 
 
 def cost_of_methods(config: QuantizeBench, header: str) -> tuple[pd.DataFrame, str]:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from methods.base import Context
 from methods.formats.base import Format
 from methods.network import Group, Network, frozen
+from methods.reconstruction import straight_through
 from methods.transforms.base import TRANSFORMS, Folds, Transform
 
 log = logging.getLogger(__name__)
@@ -146,11 +147,7 @@ class ScaledNetwork:
         one = self.originals[name].new_ones(1)
         columns = self.columns.get(name, one).clamp(min=SMALLEST)
         rows = self.rows.get(name, one).detach().clamp(min=SMALLEST).unsqueeze(1)
-        rounded = snap_through(self.originals[name] * columns / rows, self.plan[name]) * rows / columns
+        scaled = self.originals[name] * columns / rows
+        points = self.plan[name].fit(scaled.detach()).snap(scaled.detach())
+        rounded = straight_through(scaled, points) * rows / columns
         return rounded.to(self.network.linear(name).weight.dtype)
-
-
-def snap_through(weight: Tensor, fmt: Format) -> Tensor:
-    """The nearest grid points, grid fitted to `weight`, fp32 [out, in]; gradients pass straight through."""
-    fixed = weight.detach()
-    return weight + (fmt.fit(fixed).snap(fixed) - fixed)
