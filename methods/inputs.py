@@ -1,14 +1,16 @@
 """What rounds the inputs of linears at run time, by names such as `int8-token`: an element and a scope.
 
 The scope is what shares a scale: each `token`, the whole `tensor` of a call, or, with `static`, all inputs that will
-ever come, by the largest magnitude in the calibration text. Grids are symmetric. The inputs of all linears of the
-blocks are rounded; attention's own products are not.
+ever come, by the largest magnitude in the calibration text. With `block` (`mxfp4-block`, `nvfp4-block`) the number format
+scales as it does for weights. Grids are symmetric. The inputs of all linears of the blocks are rounded; attention's own
+products are not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from kernels.activations import InputRounding, StaticScale, TensorScale, TokenSc
 from kernels.linear import Inputs
 from kernels.minifloat import Element
 from methods.base import Context, Stat, hint
-from methods.formats.floats import FP8_NAMES
+from methods.formats.floats import FP8_NAMES, MX, MX_NAMES, NVFP4, ScaledFloat
 from methods.formats.integer import WIDTHS
 
 ELEMENTS: dict[str, Element] = {
@@ -48,12 +50,44 @@ class InputFormat:
         return SCOPES[self.scope](self.element, largest)
 
 
-INPUT_FORMATS: dict[str, InputFormat] = {
-    f"{name}-{scope}": InputFormat(element, scope) for name, element in ELEMENTS.items() for scope in SCOPES
+class BlockScale(InputRounding):
+    """Each block of each token has the scale that the format gives a block of a weight matrix: dynamic.
+
+    A scale of the whole matrix, which NVFP4 has, is that of the whole input.
+    """
+
+    def __init__(self, fmt: ScaledFloat) -> None:
+        super().__init__(fmt.element)
+        self.format = fmt
+
+    def scale(self, x: Tensor) -> Tensor:
+        if not x.numel():  # an expert to which no token was routed
+            return x
+        grid = self.format.fit(x.flatten(0, -2))
+        return grid.scale[:, grid.group].view_as(x)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Inputs in a number format of weights."""
+
+    format: ScaledFloat
+
+    needs: ClassVar[frozenset[Stat]] = frozenset()
+
+    def rounding(self, largest: float = 0.0) -> InputRounding:
+        """What rounds an input; its range is its own."""
+        del largest
+        return BlockScale(self.format)
+
+
+INPUT_FORMATS: dict[str, InputFormat | BlockFormat] = {
+    **{f"{name}-{scope}": InputFormat(element, scope) for name, element in ELEMENTS.items() for scope in SCOPES},
+    **{f"{fmt.name}-block": BlockFormat(fmt) for fmt in (*(MX(element) for element in MX_NAMES), NVFP4())},
 }
 
 
-def input_format(name: str) -> InputFormat:
+def input_format(name: str) -> InputFormat | BlockFormat:
     """The input format of that name.
 
     Raises:

@@ -40,7 +40,7 @@ def network_unchanged(network: Network, ctx: Context, method: Method) -> Any:
 def test_names_are_elements_times_scopes() -> None:
     assert {f"int{bits}-{scope}" for bits, scope in product(range(2, 9), ["token", "tensor", "static"])} | {
         f"{name}-{scope}" for name, scope in product(["fp8", "fp8-e5m2"], ["token", "tensor", "static"])
-    } == set(INPUT_FORMATS)
+    } == {name for name in INPUT_FORMATS if not name.endswith("-block")}
     expected: dict[str, InputRounding] = {
         "int8-token": TokenScale(integers(8)),
         "int4-token": TokenScale(integers(4)),
@@ -179,3 +179,32 @@ def test_gptq_says_early_where_reordered_groups_cannot_be_stored(
     else:
         assert reason is None
         method.quantize(context(network, budget))
+
+
+def test_mxfp4_inputs_are_rounded_block_by_block() -> None:
+    """Every block of 32 has the power of two of the specification and the nearest of E2M1's eight magnitudes."""
+    x = torch.randn(2, 3, 80, generator=torch.Generator().manual_seed(0)) * 3
+    found = input_format("mxfp4-block").rounding()(x)
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for token, rounded in zip(x.flatten(0, 1), found.flatten(0, 1), strict=True):
+        for block, told in zip(token.split(32), rounded.split(32), strict=True):
+            scale = 2.0 ** (block.abs().max().log2().floor() - 2)
+            nearest = magnitudes[(block.abs()[:, None] / scale - magnitudes).abs().argmin(1)] * scale
+            assert torch.equal(told, nearest.copysign(block))
+
+
+def test_nvfp4_inputs_have_a_scale_of_the_whole_input() -> None:
+    """A block scale is the E4M3 number nearest to max|x| / 6 in units of the tensor's scale."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    tensor = x.abs().max() / (448 * 6)
+    blocks = x.unflatten(1, (-1, 16))
+    scale = (blocks.abs().amax(-1) / (6 * tensor)).to(torch.float8_e4m3fn).float() * tensor
+    found = input_format("nvfp4-block").rounding().scale(x)
+    torch.testing.assert_close(found, scale.repeat_interleave(16, dim=1))
+
+
+@pytest.mark.parametrize("name", [name for name in INPUT_FORMATS if name.endswith("-block")])
+def test_blocks_of_zeros_and_of_nothing_stay(name: str) -> None:
+    rounding = input_format(name).rounding()
+    assert torch.equal(rounding(torch.zeros(2, 40)), torch.zeros(2, 40))
+    assert rounding(torch.zeros(0, 40)).shape == (0, 40)
