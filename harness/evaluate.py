@@ -29,6 +29,8 @@ class EvalConfig:
     """Names of lm-eval tasks."""
     include_path: str | None = None
     """A folder with task files of your own."""
+    data: str | None = None
+    """Folder with the JSONL files of local tasks, such as piqa_local."""
     limit: int | None = None
     """Documents a task, for trials; all by default."""
     kl: bool = True

@@ -188,7 +188,7 @@ class Session:
         measured = evaluate(Network(packed, ()), tokens, truth, self.windows.words, batch, chosen.bootstrap, track)
         tasks = {}
         if chosen.tasks:
-            tasks = run_tasks(packed, self.tokenizer, chosen.tasks, chosen.limit, chosen.include_path)
+            tasks = run_tasks(packed, self.tokenizer, chosen.tasks, chosen.limit, chosen.include_path, chosen.data)
         return {
             "perplexity": asdict(measured.ppl_token),
             "word_perplexity": measured.ppl_word,

@@ -1,16 +1,19 @@
 """Tasks of lm-eval (Gao et al., EleutherAI/lm-evaluation-harness) on a model in memory.
 
-`pydocs_next` needs no download: which of four passages of the embedded corpus comes next?
+`pydocs_next` needs no download: which of four passages of the embedded corpus comes next? `piqa_local` and the other
+tasks of `conf/tasks` read JSONL files of one's own.
 """
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import corpus
+from harness import corpus, local_tasks
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -27,23 +30,26 @@ def run_tasks(
     tasks: Sequence[str],
     limit: int | None = None,
     include_path: str | None = None,
+    data: str | None = None,
     batch: int = 8,
 ) -> Results:
     """Evaluate tasks, few-shot examples and prompts as their files say.
 
     Args:
-        tasks: names of tasks or groups: of `include_path`, of lm-eval, or `pydocs_next`.
+        tasks: names of tasks or groups: of `include_path`, of `conf/tasks`, of lm-eval, or `pydocs_next`.
         limit: documents a task; all by default.
-        include_path: a folder with task files; they take precedence over lm-eval's.
+        include_path: a folder with task files; they take precedence over all others.
+        data: the folder with the JSONL files that the tasks of `conf/tasks` read.
         batch: sequences a forward pass.
 
     Raises:
-        ValueError: a task is unknown, or its data are neither cached nor reachable.
+        ValueError: a task is unknown, its data are neither cached nor reachable, or `data` lacks its file.
     """
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork this process to bootstrap a perplexity
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager = _task_manager([name for name in tasks if name not in EMBEDDED], include_path)
+    manager = _task_manager([name for name in tasks if name not in EMBEDDED], include_path, data)
     specs = [EMBEDDED[name]() if name in EMBEDDED else name for name in tasks]
     try:
         outcome = simple_evaluate(
@@ -65,13 +71,15 @@ def run_tasks(
     return {task: _numbers(metrics) for task, metrics in outcome["results"].items()}
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
+def _task_manager(tasks: Sequence[str], include_path: str | None, data: str | None) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    folders: list[str | Path] = [local_tasks.FOLDER, *([include_path] if include_path else [])]  # the last one wins
+    metadata = {"folder": data} if data else None  # which lm-eval passes to `local_tasks.read`
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     if set(tasks) <= set(manager.all_tasks):
         return manager  # lm-eval has 14 000 task files: reading them takes many seconds
-    manager = TaskManager(include_path=include_path)
+    manager = TaskManager(include_path=folders, metadata=metadata)
     for name in tasks:
         if name not in manager.all_tasks:
             near = get_close_matches(name, [*manager.all_tasks, *EMBEDDED], n=3)

@@ -15,7 +15,7 @@ class HAWQV2(MixedPrecision):
     """Ωᵢ(b) = tr(Hᵢ)/nᵢ · ‖Q_b(Wᵢ) − Wᵢ‖², summed and minimized under the budget.
 
     A linear with a negative trace keeps its negative Ω: to second order, rounding it then lowers the loss.
-    The paper fine-tunes afterwards; here nothing is trained.
+    The paper fine-tunes afterwards; here that is `transform=qat`.
 
     Args:
         tolerance, max_probes, context, blockwise: see `methods.sensitivity.hutchinson`.

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from methods.base import Context, Parts, Quantized, UniformMethod, register
 from methods.budget import Budget
-from methods.formats.affine import Affine, as_half, nearest_codes
+from methods.formats.affine import Affine, as_half
 from methods.network import Network
 from methods.pipeline import quantize_network
 from methods.rounding.nearest import Nearest
 
 TINIEST_ERROR = 2.0**-40  # negative powers of smaller errors would overflow
+CACHED = 2**17  # weights that are worked on at once; affects speed only
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,49 @@ class HalfQuadratic(Affine):
         return scale, self._search(weight, scale.unsqueeze(-1), zero.unsqueeze(-1)).squeeze(-1)
 
     def _search(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The best zero points [..., 1] on the way from `zero`."""
+        """The best zero points [..., 1] on the way from `zero`, rounded to fp16 at its end: on the way, that would stop
+        small steps."""
         best, least, beta = zero, torch.inf, self.beta
         for _ in range(self.iterations + 1):
-            codes = nearest_codes(weight, scale, zero, self.width)
-            error = weight - (codes - zero) * scale
-            loss = float(error.abs().sum())
+            loss, following = self._step(weight, scale, zero, beta)
             if loss >= least:
                 break
-            best, least = zero, loss
-            zero = as_half(zero_step(weight, codes, error, scale, beta, self.p))
+            best, least, zero = zero, loss, following
             beta *= self.kappa
-        return best
+        return as_half(best)
+
+    def _step(self, weight: Tensor, scale: Tensor, zero: Tensor, beta: float) -> tuple[float, Tensor]:
+        """Σ|w − ŵ| under these zero points, and the next ones."""
+        rows = max(CACHED // weight[0].numel(), 1)
+        loss, following = 0.0, []
+        for w, s, z in zip(weight.split(rows), scale.split(rows), zero.split(rows), strict=True):
+            missed = steps_missed(w, s, z, self.width)
+            loss += float((missed.abs().sum(-1, keepdim=True) * s).sum())
+            following.append(zero_step(missed, s, z, beta, self.p))
+        return loss, torch.cat(following)
+
+
+def steps_missed(weight: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
+    """By how many steps weights [..., group] miss their nearest grid points: (w − ŵ) / scale."""
+    exact = torch.div(weight, scale).add_(zero)
+    return exact.sub_(exact.round().clamp_(0, 2**width - 1))
+
+
+def zero_step(missed: Tensor, scale: Tensor, zero: Tensor, beta: float, p: float) -> Tensor:
+    """The zero point [..., 1] for the codes of these errors [..., group], once large errors have been given to e.
+
+    It is the mean of code − (w − e) / scale, where code − w / scale = zero − missed.
+    """
+    threshold = beta ** (-1 / (2 - p))  # no smaller error is given to e; weights of networks rarely have larger ones
+    if (missed.abs().amax(-1, keepdim=True) * scale).amax() > threshold:
+        missed = missed - shrink(missed * scale, beta, p) / scale
+    return zero - missed.mean(-1, keepdim=True)
 
 
 def shrink(x: Tensor, beta: float, p: float) -> Tensor:
     """sign(x) · max(|x| − |x|^(p−1) / β, 0): generalized soft thresholding, and soft thresholding for p = 1."""
     size = x.abs().clamp_(min=TINIEST_ERROR)
-    return (size - size.pow(p - 1) / beta).clamp_(min=0).copysign_(x)
-
-
-def zero_step(weight: Tensor, codes: Tensor, error: Tensor, scale: Tensor, beta: float, p: float) -> Tensor:
-    """The zero point [..., 1] for these codes [..., group], once large errors have been given to e."""
-    return (codes - (weight - shrink(error, beta, p)) / scale).mean(-1, keepdim=True)
+    return size.sub_(size.pow(p - 1).div_(beta)).clamp_(min=0).copysign_(x)
 
 
 @register("hqq")

@@ -1,9 +1,9 @@
 """What rounds the inputs of linears at run time, by names such as `int8-token`: an element and a scope.
 
 The scope is what shares a scale: each `token`, the whole `tensor` of a call, or, with `static`, all inputs that will
-ever come, by the largest magnitude in the calibration text. With `block` (`mxfp4-block`, `nvfp4-block`) the number format
-scales as it does for weights. Grids are symmetric. The inputs of all linears of the blocks are rounded; attention's own
-products are not.
+ever come, by the largest magnitude in the calibration text. With `block` (`mxfp4-block`, `nvfp4-block`) the number
+format scales as it does for weights. Grids are symmetric. The inputs of all linears of the blocks are rounded;
+attention's own products are not.
 """
 
 from __future__ import annotations

@@ -6,14 +6,17 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from harness.report import style
-from harness.report.figures import INK
+from harness.report.layout import canvas, headline, legend, plain_numbers
+from harness.report.style import FAINT, INK
 
 UNIT = "forward"
-"""The row that others are read against: a plain forward pass over the same text."""
+"""The row that others are read against: a plain forward pass over the same text. Drawn with its
+seconds: growth in proportion to the parameters, from its smallest size, a slope to compare others with."""
 PANELS = {"seconds": "seconds", "extra_gb": "peak memory beyond the model, GB"}
+PROPORTIONAL = "in proportion to parameters"
 MARKS = "bars: fastest and slowest run; a line ends where the next size would not have fitted into the limits"
 
 
@@ -28,7 +31,8 @@ def cost_against_size(frame: pd.DataFrame, title: str) -> Figure:
     names = list(measured["row"].unique())
     looks = style.looks({name: name for name in names if name != UNIT})
     with matplotlib.rc_context(style.FIGURE):
-        figure = Figure(figsize=(2.4 + 2.9 * len(lengths), 6.4))
+        width = 0.8 + 2.8 * len(lengths)
+        figure = canvas(width, 6.4, [*names, PROPORTIONAL])
         panels = figure.subplots(len(PANELS), len(lengths), sharex=True, sharey="row", squeeze=False)
         for line, (column, label) in zip(panels, PANELS.items(), strict=True):
             line[0].set_ylabel(label)
@@ -39,15 +43,12 @@ def cost_against_size(frame: pd.DataFrame, title: str) -> Figure:
                     _line(axis, rows[rows["row"] == name], column, name, look)
                 _scales(axis, measured)
         for axis, length in zip(panels[0], lengths, strict=True):
+            _proportional(axis, measured[(measured["length"] == length) & (measured["row"] == UNIT)])
             axis.set_title(f"{length} tokens a sequence", fontsize="medium")
         for axis in panels[-1]:
             axis.set_xlabel("parameters in linears")
-        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize="medium")
-        figure.supxlabel(MARKS, fontsize="x-small", color=INK)
-        handles = {
-            label: handle for axis in panels[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small", handlelength=3.0)
+        headline(figure, title, width, MARKS)
+        legend(figure, *panels[0, 0].get_legend_handles_labels())
     return figure
 
 
@@ -72,6 +73,12 @@ def _unit(axis: Axes, rows: pd.DataFrame, column: str) -> None:
     axis.plot(rows["parameters"], rows[column], color=INK, linewidth=1, linestyle=(0, (1, 1)), label=UNIT)
 
 
+def _proportional(axis: Axes, rows: pd.DataFrame) -> None:
+    smallest = rows.nsmallest(1, "parameters")
+    growth = smallest["seconds"].mean() / smallest["parameters"].mean()
+    axis.plot(rows["parameters"], growth * rows["parameters"], color=FAINT, linewidth=0.8, label=PROPORTIONAL)
+
+
 def _scales(axis: Axes, measured: pd.DataFrame) -> None:
     """Log-log, with the sizes themselves as ticks."""
     axis.set_xscale("log")
@@ -81,5 +88,5 @@ def _scales(axis: Axes, measured: pd.DataFrame) -> None:
     axis.tick_params(axis="x", labelsize="x-small")
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain_numbers(axis.yaxis)
     axis.yaxis.set_minor_locator(NullLocator())

@@ -45,6 +45,7 @@ PARTLY: dict[str, tuple[dict[str, Any], int]] = {
     "autoround": ({"iters": 10}, 20),
     "teq": ({"steps": 20}, 50),
     "omniquant": ({"epochs": 1}, 20),
+    "qat": ({"steps": 4}, 50),
 }
 LEGEND = (
     "Seconds to quantize to 4 bits in groups of 128, calibration included, and peak memory beyond the loaded model; "

@@ -10,12 +10,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from kernels.packed import Packed
+
+
+class Lattice(NamedTuple):
+    """Evenly spaced grid points of neighboring columns: step · (code − zero) for codes from `lowest` to `highest`.
+
+    Attributes:
+        step: fp32 [out, columns], or [out, 1] where all columns share it; positive.
+        zero: whole numbers, fp32, of the same shape.
+    """
+
+    step: Tensor
+    zero: Tensor
+    lowest: int
+    highest: int
 
 
 class Grid(ABC):
@@ -51,6 +65,10 @@ class Grid(ABC):
         is column `order[i]` of the matrix, and the codes are in the grid's order; the packed matrix is in the
         matrix's order.
         """
+
+    def lattice(self, start: int, count: int) -> Lattice | None:  # noqa: ARG002
+        """The grid points of `count` columns from `start` on, where they are evenly spaced around 0; else None."""
+        return None
 
     def snap(self, weight: Tensor, start: int = 0) -> Tensor:
         """The grid points nearest to `weight` [out, n]: fp32 [out, n]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.packed import PackedInteger
 from kernels.packing import pack, row_bytes
-from methods.formats.base import Format, Grid
+from methods.formats.base import Format, Grid, Lattice
 
 WIDTHS = range(2, 9)
 TINIEST_SCALE = 2.0**-24  # smallest positive fp16: scales are stored in fp16
@@ -152,6 +152,9 @@ class IntegerGrid(Grid):
     def decode(self, codes: Tensor, start: int = 0) -> Tensor:
         scale, zero = self._columns(start, codes.shape[1])
         return (codes - zero) * scale
+
+    def lattice(self, start: int, count: int) -> Lattice:
+        return Lattice(*self._columns(start, count), self.format.lowest, 2**self.format.width - 1)
 
     def permuted(self, order: Tensor) -> IntegerGrid:
         grid = copy(self)

@@ -13,7 +13,9 @@ from torch import Tensor
 from methods.base import Stat
 from methods.formats.base import Format, Grid
 from methods.rounding.base import ROUNDINGS, Rounded, Rounder, Rounding
-from methods.rounding.sweep import Columns, by_energy, damped_factor, dead_inputs, sweep
+from methods.rounding.sweep import Columns, by_blocks, by_energy, damped_factor, dead_inputs, sweep
+
+FEW = 32  # columns that compensate each other one by one; affects speed only
 
 
 @ROUNDINGS.register("gptq")
@@ -67,7 +69,7 @@ class GPTQRounding(Rounding):
             grid = grid if order is None else grid.permuted(order)
         else:
             grid = fmt.fit(visited)
-        columns = GridColumns(grid, weight.shape[1], refit=not self.static_groups)
+        columns = NearestColumns(grid, weight.shape[1], refit=not self.static_groups)
         rounded = sweep(visited, factor, columns, self.block)
         if order is not None:
             rounded = rounded[:, torch.argsort(order)]
@@ -100,3 +102,44 @@ class GridColumns(Columns):
     def take(self, column: Tensor, index: int) -> Tensor:
         self._codes.append(self.grid.encode(column, index))
         return self.grid.decode(self._codes[-1], index)
+
+
+class NearestColumns(GridColumns):
+    """The same, with five operations a column where grid points are evenly spaced."""
+
+    def take_all(self, current: Tensor, factor: Tensor, start: int) -> Tensor:
+        lattice = self.grid.lattice(start, len(current))
+        if lattice is None:
+            return super().take_all(current, factor, start)
+        step, zero = (numbers.t().expand_as(current).contiguous() for numbers in (lattice.step, lattice.zero))
+        low, high = lattice.lowest - zero, lattice.highest - zero
+        multiples = torch.empty_like(current)
+
+        def take(part: Tensor, diagonal: Tensor, first: int) -> Tensor:
+            rows = slice(first, first + len(part))
+            return nearest_plane(part, diagonal, step[rows], low[rows], high[rows], multiples[rows])
+
+        points = by_blocks(current, factor, FEW, take)
+        self._codes.append(multiples.add_(zero).to(torch.uint8).t())
+        return points
+
+
+def nearest_plane(target: Tensor, factor: Tensor, step: Tensor, low: Tensor, high: Tensor, multiples: Tensor) -> Tensor:
+    """Babai's algorithm: the multiples of `step` that `target` becomes, column by column, fp32 [columns, out].
+
+    Looks left: column i is due (ΔW R)_i / R_ii of the columns before it.
+
+    Args:
+        target: [columns, out]; as are `step`, the least and the largest factor.
+        factor: the diagonal block of R that belongs to it [columns, columns].
+        multiples: receives the factors [columns, out].
+    """
+    feedback = (factor / factor.diagonal()).t().contiguous()  # row i: what column i takes over of earlier errors
+    error, due = torch.empty_like(target), torch.empty_like(target[0])
+    before = error.t()
+    rows = zip(target, step, low, high, multiples, error, feedback, strict=True)
+    for i, (weight, unit, least, most, multiple, left, gains) in enumerate(rows):
+        torch.addmv(weight, before[:, :i], gains[:i], out=due)
+        torch.div(due, unit, out=multiple).round_().clamp_(least, most)
+        torch.addcmul(weight, multiple, unit, value=-1, out=left)
+    return multiples * step

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
+
+Inner = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Columns(ABC):
@@ -42,49 +45,78 @@ class Columns(ABC):
     def take(self, column: Tensor, index: int) -> Tensor:
         """What the compensated column [out, 1] becomes: fp32 [out, 1]."""
 
+    def take_all(self, current: Tensor, factor: Tensor, start: int) -> Tensor:
+        """What the columns from `start` on become, none of which is beyond the period: fp32 [columns, out].
+
+        Looks right, as the paper does, so that `current` shows the compensation by all columns taken.
+
+        Args:
+            current: compensated weights [columns, out]; overwritten.
+            factor: the diagonal block of R that belongs to them [columns, columns].
+        """
+        result = torch.empty_like(current)
+        inverse = inverted(factor)
+        share = inverse / inverse.diagonal().unsqueeze(1)  # row i: what later columns absorb of column i's error
+        for i, column in enumerate(current):
+            result[i] = self.take(column.unsqueeze(1), start + i).squeeze(1)
+            current[i + 1 :].addr_(share[i, i + 1 :], column - result[i], alpha=-1)
+        return result
+
 
 def sweep(weight: Tensor, factor: Tensor, columns: Columns, block: int = 128) -> Tensor:
     """The matrix fp32 [out, in] that comes of `weight` [out, in], column by column from left to right.
 
-    Works on the transposed matrix, where a column is contiguous. Across blocks it looks left: one product per
-    block pulls in the error of all finished columns. Inside a block it looks right, as the paper does.
+    Works on the transposed matrix, where a column is contiguous.
 
     Args:
         factor: R of the input's Gram matrix, see `damped_factor`.
         block: columns between two updates of the rest; affects speed only.
     """
-    count = weight.shape[1]
-    if columns.period < count:  # a period must not straddle blocks
-        block = max(block - block % columns.period, columns.period)
+    count, period = weight.shape[1], columns.period
+    if period < count:  # a period must not straddle blocks
+        block = max(block - block % period, period)
     else:
         columns.begin(0, weight)
-    target = weight.t().contiguous()  # [in, out]
-    result, error = torch.empty_like(target), torch.empty_like(target)
-    for start in range(0, count, block):
-        stop = min(start + block, count)
-        diagonal = factor[start:stop, start:stop]
-        inverse = torch.linalg.solve_triangular(diagonal, torch.eye(stop - start).to(diagonal), upper=True)
-        pull = inverse.t() @ (factor[:start, start:stop].t() @ error[:start])  # [block, out]
-        _sweep_block(target[start:stop] + pull, inverse, columns, start, count, result[start:stop])
-        torch.sub(target[start:stop], result[start:stop], out=error[start:stop])
+
+    def take(current: Tensor, diagonal: Tensor, start: int) -> Tensor:
+        if period < count:
+            columns.begin(start, current.t())
+        return columns.take_all(current, diagonal, start)
+
+    def within(current: Tensor, diagonal: Tensor, start: int) -> Tensor:
+        return by_blocks(current, diagonal, period, take, start)
+
+    result = by_blocks(weight.t().contiguous(), factor, block, within if period < block else take)
     return result.t().contiguous()
 
 
-def _sweep_block(current: Tensor, inverse: Tensor, columns: Columns, start: int, count: int, result: Tensor) -> None:
-    """The columns from `start` on.
+def by_blocks(target: Tensor, factor: Tensor, size: int, inner: Inner, first: int = 0) -> Tensor:
+    """What becomes of `target` [columns, out], block by block from the first: fp32 [columns, out].
+
+    Looks left: one product per block pulls in the error of all finished columns, as if they had been rounded at once
+    and each later column had done its best.
 
     Args:
-        current: compensated weights [block, out]; overwritten.
-        inverse: of the factor's diagonal block, that is the diagonal block of the paper's U.
-        count: columns of the whole matrix.
-        result: receives what becomes of them [block, out].
+        factor: the diagonal block of R that belongs to `target` [columns, columns].
+        size: columns of a block.
+        inner: what becomes of a block, from its compensated weights [size, out], which it may overwrite, the diagonal
+            block of R that belongs to it, and the index of its first column.
+        first: index of the first column of `target`.
     """
-    share = inverse / inverse.diagonal().unsqueeze(1)  # row i: what later columns absorb of column i's error
-    for i, column in enumerate(current):
-        if columns.period < count and not (start + i) % columns.period:
-            columns.begin(start + i, current[i : i + columns.period].t())
-        result[i] = columns.take(column.unsqueeze(1), start + i).squeeze(1)
-        current[i + 1 :].addr_(share[i, i + 1 :], column - result[i], alpha=-1)
+    result, error = torch.empty_like(target), torch.empty_like(target)
+    for start in range(0, len(target), size):
+        block = slice(start, start + size)
+        diagonal = factor[block, block]
+        pull = factor[:start, block].t() @ error[:start]
+        current = torch.addmm(target[block], inverted(diagonal).t(), pull)
+        result[block] = inner(current, diagonal, first + start)
+        torch.sub(target[block], result[block], out=error[block])
+    return result
+
+
+def inverted(factor: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix [n, n]; of a diagonal block of R, that block of the paper's U."""
+    return torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=True)
 
 
 def by_energy(gram: Tensor) -> Tensor:
@@ -110,18 +142,20 @@ def damped_factor(gram: Tensor, damping: float) -> Tensor:
     Raises:
         FloatingPointError: the matrix is not finite, or indefinite even under heavy damping.
     """
-    hessian = gram.double().flip(0, 1)  # reversed, so that Cholesky's lower factor becomes an upper one
-    energy = hessian.diagonal()
+    energy = gram.diagonal().double()
     alive = energy != 0
     mean = energy.sum() / alive.sum().clamp(min=1)
-    energy.masked_fill_(~alive, 1)
-    if not hessian.isfinite().all():
-        raise FloatingPointError("a Gram matrix is not finite: activations overflow; run the model in fp32")
+    energy = energy.masked_fill(~alive, 1)
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
     for _ in range(ATTEMPTS):
-        damped = hessian + torch.diag((damping * mean).expand_as(energy))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return lower.flip(0, 1).float()
+        # Reversed, so that Cholesky's lower factor becomes an upper one; transposed, so that LAPACK works in place.
+        matrix = gram.flip(0, 1).double().t()
+        matrix.diagonal().copy_((energy + damping * mean).flip(0))
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
+        if not failed and matrix.diagonal().isfinite().all():
+            return matrix.float().flip(0, 1)
+        if not gram.isfinite().all():
+            raise FloatingPointError("a Gram matrix is not finite: activations overflow; run the model in fp32")
         stronger = 10 * max(damping, 1e-3)
         log.warning("a Gram matrix with damping %g is not positive definite; trying %g", damping, stronger)
         damping = stronger

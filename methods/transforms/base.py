@@ -1,4 +1,4 @@
-"""Transforms: how the function is rewritten, unchanged in full precision, before rounding."""
+"""Transforms: how the function is rewritten, unchanged in full precision (but by `qat`), before rounding."""
 
 from __future__ import annotations
 

@@ -87,9 +87,8 @@ def test_an_unknown_task(stories: tuple[LlamaForCausalLM, Any], folder: Path, mo
     from lm_eval import tasks
 
     class OwnTasksOnly(tasks.TaskManager):  # lm-eval's own files take many seconds to index
-        def __init__(self, include_path: str, include_defaults: bool = True) -> None:
-            del include_defaults
-            super().__init__(include_path=include_path, include_defaults=False)
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options | {"include_defaults": False})
 
     monkeypatch.setattr(tasks, "TaskManager", OwnTasksOnly)
     with pytest.raises(ValueError, match=r"unknown task 'local_storys' in eval\.tasks: did you mean local_stories"):

@@ -12,9 +12,9 @@ from methods.formats.integer import Integer
 from methods.gptq import GPTQ
 from methods.network import Network
 from methods.rounding.base import ROUNDINGS
-from methods.rounding.gptq import GPTQRounding
+from methods.rounding.gptq import GPTQRounding, GridColumns, NearestColumns, nearest_plane
 from methods.rounding.nearest import Nearest
-from methods.rounding.sweep import damped_factor
+from methods.rounding.sweep import damped_factor, sweep
 from methods.rtn import RTN
 
 
@@ -69,6 +69,51 @@ def test_codes_equal_those_of_the_textbook_elimination(static: bool, group: int,
     expected, _, _ = textbook(weight, gram, fmt, refit=not static)
     actual = codes(weight, gram, fmt, static_groups=static, block=block)
     assert (actual == expected).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize("fmt", [Integer(3, 48), Integer(4), Integer(3, 32, symmetric=True, restricted=True)])
+@pytest.mark.parametrize("out", [1, 24])
+def test_few_operations_a_column_give_the_codes_of_encoding_each(fmt: Integer, out: int) -> None:
+    weight, gram = layer(out, 112)
+    factor, order = damped_factor(gram, 0.01), torch.randperm(112, generator=torch.Generator().manual_seed(0))
+    for refit in (True, False):
+        grids = [fmt.fit(weight) if refit else fmt.fit(weight).permuted(order) for _ in range(2)]
+        fast, slow = NearestColumns(grids[0], 112, refit), GridColumns(grids[1], 112, refit)
+        points = sweep(weight, factor, fast, 64)
+        torch.testing.assert_close(points, sweep(weight, factor, slow, 64))
+        assert torch.equal(fast.codes, slow.codes)
+        assert torch.equal(points, grids[0].decode(fast.codes))
+
+
+def test_nearest_plane_equals_column_by_column_rounding_in_fp64() -> None:
+    weight, gram = layer(40, 24)
+    factor = damped_factor(gram, 0.01)
+    step, low, high = torch.full((24, 40), 0.3), torch.full((24, 40), -3.0), torch.full((24, 40), 4.0)
+    multiples = torch.empty(24, 40)
+    points = nearest_plane(weight.t().contiguous(), factor, step, low, high, multiples)
+    r, w, expected = factor.double(), weight.t().double(), torch.zeros(24, 40, dtype=torch.float64)
+    for i in range(24):
+        due = w[i] + (w[:i] - 0.3 * expected[:i]).T @ r[:i, i] / r[i, i]
+        expected[i] = (due / 0.3).round().clamp(-3, 4)
+    assert (multiples == expected).float().mean() > 0.999
+    assert {-3.0, 4.0} <= set(multiples.unique().tolist())
+    torch.testing.assert_close(points, multiples * 0.3)
+
+
+def test_the_factor_of_an_ill_conditioned_matrix_has_all_digits_of_fp32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 16, generator=generator) @ torch.randn(16, 256, generator=generator)
+    gram = (x + 30 * torch.randn(256, generator=generator)).double()
+    gram = gram.T @ gram / 512
+    before = gram.clone()
+    gram[5] = gram[:, 5] = before[5] = before[:, 5] = 0
+    factor = damped_factor(gram, 0.001)
+    assert torch.equal(gram, before)
+    mean = gram.diagonal().sum() / 255
+    damped = gram + torch.diag(torch.full((256,), 0.001, dtype=torch.float64) * mean)
+    damped[5, 5] += 1
+    exact = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    torch.testing.assert_close(factor, exact.float(), rtol=1e-6, atol=1e-6 * float(exact.diagonal().amin()))
 
 
 def test_squared_errors_of_the_columns_sum_up_to_the_loss() -> None:

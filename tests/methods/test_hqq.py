@@ -7,7 +7,7 @@ from torch import Tensor
 from methods.base import Budget, Context
 from methods.formats.affine import Affine, nearest_codes
 from methods.formats.integer import Integer
-from methods.hqq import HQQ, HalfQuadratic, shrink, zero_step
+from methods.hqq import HQQ, HalfQuadratic, shrink, steps_missed, zero_step
 from methods.network import Network
 from methods.rounding.gptq import GPTQRounding
 
@@ -66,12 +66,39 @@ def test_the_zero_step_minimizes_the_quadratic_term(size: float) -> None:
     scale, zero = (t.unsqueeze(-1) for t in Affine(2).scale_and_zero(weight))
     codes = nearest_codes(weight, scale, zero, 2)
     error = weight - (codes - zero) * scale
-    found = zero_step(weight, codes, error, scale, BETA, P)
+    found = zero_step(error / scale, scale, zero, BETA, P)
     grid = found + torch.linspace(-1, 1, 2001)
     given = shrink(error, BETA, P)
     term = (weight - given - (codes - grid.T.unsqueeze(-1)) * scale).square().sum(-1)  # [grid, rows]
     assert (grid.T[term.argmin(0)].diagonal() - found[:, 0]).abs().max() < 1.5e-3
     assert bool(given.any()) == (size > 1)
+
+
+@pytest.mark.parametrize("size", [0.01, 3.0])
+@pytest.mark.parametrize("width", [2, 3])
+def test_zero_points_are_those_of_the_written_algorithm(size: float, width: int) -> None:
+    """All steps in fp64, every error shrunk, and nothing rounded before the end."""
+    weight = size * torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    scale, zero = (t.double().unsqueeze(-1) for t in Affine(width).scale_and_zero(weight))
+    beta, path = BETA, []
+    for _ in range(21):
+        codes = (weight / scale + zero).round().clamp(0, 2**width - 1)
+        error = weight - (codes - zero) * scale
+        path.append((float(error.abs().sum()), zero.squeeze(-1)))
+        given = error.sign() * (error.abs() - error.abs().pow(P - 1) / beta).clamp(min=0)
+        zero = (codes - (weight - given) / scale).mean(-1, keepdim=True)
+        beta *= 1.01
+    rising = [i for i in range(1, 21) if path[i][0] >= path[i - 1][0]]
+    expected = path[rising[0] - 1 if rising else 20][1]
+    found = HalfQuadratic(width).scale_and_zero(weight)[1]
+    assert (((found - expected) / expected).abs() < 2**-11).float().mean() > 0.95
+
+
+def test_how_many_weights_are_worked_on_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = 3 * heavy(8, 96)
+    expected = HalfQuadratic(3, 32).fit(weight)
+    monkeypatch.setattr("methods.hqq.CACHED", 200)
+    assert torch.equal(HalfQuadratic(3, 32).fit(weight).zero, expected.zero)
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 3.0, 10.0])
@@ -80,10 +107,9 @@ def test_steps_with_constant_beta_never_increase_the_loss(size: float) -> None:
     scale, zero = (t.unsqueeze(-1) for t in Affine(2).scale_and_zero(weight))
     losses = []
     for _ in range(20):
-        codes = nearest_codes(weight, scale, zero, 2)
-        error = weight - (codes - zero) * scale
-        losses.append(h(error.double()).sum(-1))
-        zero = zero_step(weight, codes, error, scale, BETA, P)
+        missed = steps_missed(weight, scale, zero, 2)
+        losses.append(h((missed * scale).double()).sum(-1))
+        zero = zero_step(missed, scale, zero, BETA, P)
     history = torch.stack(losses)  # [steps, rows]
     assert (history.diff(dim=0) <= 1e-5 * history[1:]).all()
     assert history[-1].sum() < history[0].sum() * (0.95 if size < 3 else 0.9999)  # large errors: small steps

@@ -167,3 +167,17 @@ def test_a_permuted_grid_keeps_the_scales_and_needs_no_group_index() -> None:
 def test_impossible_formats_are_refused(width: int, group: int) -> None:
     with pytest.raises(ValueError, match=r"bits|group size"):
         Integer(width, group)
+
+
+@pytest.mark.parametrize("fmt", [Integer(3, 32), Integer(2), Integer(4, 16, symmetric=True, restricted=True)])
+def test_the_lattice_holds_exactly_the_grid_points(fmt: Integer) -> None:
+    weight, order = gaussian(8, 64), torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    for grid in (fmt.fit(weight), fmt.fit(weight).permuted(order)):
+        lattice = grid.lattice(40, 8)
+        for code in range(lattice.lowest, lattice.highest + 1):
+            codes = torch.full((8, 8), code, dtype=torch.uint8)
+            points = (lattice.step * (code - lattice.zero)).expand(-1, 8)
+            assert torch.equal(points, grid.decode(codes, 40))
+            assert torch.equal(grid.encode(points, 40), codes)
+        beyond = grid.encode(torch.tensor([-99.0, 99.0]).expand(8, 2), 40)
+        assert torch.equal(beyond[0], torch.tensor([lattice.lowest, lattice.highest], dtype=torch.uint8))

@@ -1,4 +1,4 @@
-"""A mirror of the records in wandb. Records are the truth: nothing here is ever read back.
+"""Records as runs of wandb: one cell, one run.
 
 A run's id is its cell's key, so mirroring a record twice shows one run. All runs of a sweep are best mirrored
 from one process: importing wandb and starting its service take seconds, each further run a fraction of one.
@@ -6,15 +6,16 @@ from one process: importing wandb and starting its service take seconds, each fu
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.metrics import metrics
 from harness.records import DONE, FAILED, Record, digest
+from harness.tracking import ledger
 
 if TYPE_CHECKING:
     import wandb
@@ -48,8 +49,9 @@ def log_record(record: Record, *, mode: str, group: str, directory: Path, projec
             run.log({"layers": wandb.Table(dataframe=pd.DataFrame(record.result["layers"]))})
 
     labels = [record.labels[part] for part in ("model", "method", "budget")]
-    return _mirror(
+    return mirror(
         fill,
+        content=digest(asdict(record)),
         mode=mode,
         project=project,
         group=group,
@@ -57,42 +59,9 @@ def log_record(record: Record, *, mode: str, group: str, directory: Path, projec
         name="/".join(labels),
         id=record.key,
         tags=sorted({label[:TAG_LIMIT] for label in labels if label}),
-        config=_flat(record.cell) | {"environment": record.environment},
+        config=_flat(record.cell) | _labels(record) | {"environment": record.environment},
         directory=directory,
         exit_code=int(record.status == FAILED),
-    )
-
-
-def log_figures(paths: Iterable[Path], *, mode: str, group: str, directory: Path, project: str = PROJECT) -> bool:
-    """Mirror what a report wrote as one run: PNGs as images, CSVs as tables; see `log_record`.
-
-    The same content is one run, however often it is written.
-    """
-
-    def fill(run: wandb.Run) -> None:
-        import pandas as pd
-        import wandb
-
-        for path in paths:
-            if path.suffix == ".png":
-                run.log({path.stem: wandb.Image(str(path))})
-            else:
-                run.log({path.stem: wandb.Table(dataframe=pd.read_csv(path))})
-
-    paths = sorted(path for path in paths if path.suffix in (".png", ".csv"))
-    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    identity = digest(["report", project, group, content])
-    if mirrored(directory, identity):
-        return True
-    return _mirror(
-        fill,
-        mode=mode,
-        project=project,
-        group=group,
-        job_type="report",
-        name=f"{group}/report",
-        id=identity,
-        directory=directory,
     )
 
 
@@ -101,7 +70,18 @@ def mirrored(directory: Path, identity: str) -> bool:
     return any(directory.glob(f"wandb/*-{identity}"))
 
 
-def _mirror(fill: Callable[[wandb.Run], None], *, directory: Path, exit_code: int = 0, **options: Any) -> bool:
+def mirror(
+    fill: Callable[[wandb.Run], None], *, content: str, directory: Path, exit_code: int = 0, **options: Any
+) -> bool:
+    """Write a run that `fill` fills, and enter it into the ledger.
+
+    Args:
+        content: digest of what is mirrored.
+        options: of `wandb.init`.
+
+    Returns:
+        Whether it worked.
+    """
     if options["mode"] == "disabled":
         return True
     # wandb's service would send crash reports, in offline mode too.
@@ -127,10 +107,16 @@ def _mirror(fill: Callable[[wandb.Run], None], *, directory: Path, exit_code: in
             fill(run)
         finally:
             run.finish(exit_code=exit_code)
+        ledger.note(directory, options["id"], options["group"], content if options["mode"] == "online" else None)
     except (wandb.Error, OSError) as error:
         log.warning("wandb could not mirror %s: %s", options["name"], error)
         return False
     return True
+
+
+def _labels(record: Record) -> dict[str, str]:
+    """As tables print them; wandb groups and colours by a key without dots only."""
+    return {f"{part}_label": label for part, label in record.labels.items()}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
