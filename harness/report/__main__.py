@@ -1,7 +1,8 @@
-"""Print the comparison of all records and write its tables and figures.
+"""Make every table of conf/table, and the figures, from the records and committed CSV files.
 
 python -m harness.report
 python -m harness.report records=results/runs folder=results
+python -m harness.report table=mixed
 python -m harness.report name=allocators method="mixed solver=*" budget="b*"
 """
 
@@ -14,9 +15,12 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
-from harness.records import Store
-from harness.report import report, tables, terminal
+from harness.records import Record, Store
+from harness.report import frame, report, report_all, spec, tables, terminal
+from harness.report.sources import REPORTED, Material
 from harness.tracking import log_figures
+
+ANY = "*"
 
 
 @dataclass
@@ -25,14 +29,20 @@ class ReportConfig:
 
     records: str = "results/runs"
     """Folder of the records."""
+    measured: str = "results/tables"
+    """Folder of the CSV files that benchmarks and audits wrote."""
+    reported: str = str(REPORTED)
+    """The published figures."""
     folder: str = "results"
     """Gets `tables/` and `figures/`."""
+    table: str = ""
+    """One table of conf/table; by default all, and the figures."""
     name: str = tables.MAIN
-    """Of the tables and, unless it is the main comparison, of the figures."""
-    method: str = "*"
-    """Pattern of the methods' labels to show; the reference is always there."""
-    budget: str = "*"
-    """Pattern of the budgets' labels to show."""
+    """Of a comparison of its own: all records whose labels match."""
+    method: str = ANY
+    """Pattern of the methods' labels that it shows; the reference is always there."""
+    budget: str = ANY
+    """Pattern of the budgets' labels that it shows."""
     tracking: str = "offline"
     """wandb, which shows tables and figures as one run: offline, online or disabled."""
     group: str = "report"
@@ -42,7 +52,11 @@ class ReportConfig:
 # Hydra keeps no log and no folder of its own: a report leaves nothing but what it writes.
 NO_TRACES = {
     "defaults": ["report_schema", "_self_", {"override hydra/job_logging": "stdout"}],
-    "hydra": {"output_subdir": None, "run": {"dir": "."}},
+    "hydra": {
+        "output_subdir": None,
+        "run": {"dir": "."},
+        "job_logging": {"root": {"level": "WARNING"}},  # fonts are embedded with many words
+    },
 }
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
 ConfigStore.instance().store(name="report", node=NO_TRACES)
@@ -55,10 +69,22 @@ def main(config: ReportConfig) -> None:
     records = Store(config.records).all()
     if not records:
         raise SystemExit(f"{config.records} holds no records; run a sweep first: python -m harness -m --help")
-    labels = {"method": config.method, "budget": config.budget}
-    paths = report(records, Path(config.folder), console, config.name, labels)
+    try:
+        paths = _write(config, records, console)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     log_figures(paths, mode=config.tracking, group=config.group, directory=Path(config.records))
-    console.print(f"Wrote {len(paths)} files to {config.folder}/tables and {config.folder}/figures.")
+    folders = " and ".join(sorted({str(path.parent) for path in paths}, reverse=True))
+    console.print(f"Wrote {len(paths)} files to {folders}.", soft_wrap=True)
+
+
+def _write(config: ReportConfig, records: list[Record], console: Console) -> list[Path]:
+    labels = {"method": config.method, "budget": config.budget}
+    if config.name != tables.MAIN or set(labels.values()) != {ANY}:
+        return report(records, Path(config.folder), console, config.name, labels)
+    material = Material(frame.tidy(records), Path(config.measured), Path(config.reported))
+    names = [config.table] if config.table else spec.names()
+    return report_all(material, names, Path(config.folder), console)
 
 
 if __name__ == "__main__":

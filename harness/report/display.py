@@ -1,79 +1,20 @@
-"""The comparison as text: what each cell of a table says, and the notes on cells without numbers."""
+"""A section of a table as text: what each cell says, which are marked, and notes on cells without numbers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from harness.records import DONE, FAILED, SKIPPED
-from harness.report import frame as frames
+from harness.records import FAILED, SKIPPED
+from harness.report.forms import BLANK, FORMS, NOT_RUN, one_line
+from harness.report.spec import Column, TableConfig
 
-BLANK = "–"
-WORDS = {FAILED: "fail", SKIPPED: "skip", frames.NOT_RUN: BLANK}
-DIGITS = ((10, 3), (100, 2), (1000, 1))
-HUGE = 1e5
-
-
-def decimals(value: float, half_width: float = math.nan) -> int:
-    """Four figures or so of `value`, and one at least of the half width of its interval."""
-    digits = next((digits for limit, digits in DIGITS if abs(value) < limit), 0)
-    return max(digits, min(4, math.ceil(-math.log10(half_width)))) if half_width > 0 else digits
-
-
-def number(value: float, digits: int) -> str:
-    """Fixed point, but for numbers too large to read that way: 1.2e6."""
-    if abs(value) < HUGE:
-        return f"{value:.{digits}f}"
-    return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
-
-
-def _small(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return f"{value:.4f}" if value >= 1e-3 or value == 0 else f"{value:.1e}".replace("e-0", "e-")
-
-
-def _interval(name: str, plus: str = "") -> Callable[[pd.Series], str]:
-    def text(row: pd.Series) -> str:
-        value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
-        if math.isnan(value):
-            return ""
-        half = (high - low) / 2
-        digits = decimals(value, half)
-        shown = f"{plus if value >= 0 else '−'}{number(abs(value), digits)}"
-        return shown if math.isnan(half) else f"{shown} ± {number(half, digits)}"
-
-    return text
-
-
-def _scaled(name: str, unit: float, digits: int) -> Callable[[pd.Series], str]:
-    return lambda row: "" if math.isnan(row[name]) else f"{row[name] / unit:.{digits}f}"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A printed column: its head, and the text of a cell that is done."""
-
-    head: str
-    text: Callable[[pd.Series], str]
-
-
-PERPLEXITY = "Perplexity ↓"
-COLUMNS = (
-    Column("Bits", lambda row: f"{row['nominal_bits']:g}"),
-    Column("Stored", _scaled("effective_bits", 1, 3)),
-    Column("MB", _scaled("model_bytes", 1e6, 2)),
-    Column(PERPLEXITY, _interval("perplexity")),
-    Column("Δ fp16 ↓", _interval("delta", "+")),
-    Column("KL ↓", lambda row: _small(row["kl"])),
-    Column("Top-1 % ↑", _scaled("top1", 0.01, 1)),
-    Column("Quant. s", _scaled("seconds_quantize", 1, 1)),
-    Column("Peak GB", _scaled("peak_bytes", 1e9, 2)),
-)
+WORDS = {FAILED: "fail", SKIPPED: "skip", NOT_RUN: BLANK}
+Key = tuple[str, ...]
+ALWAYS = ("nominal_bits",)
+"""Values that cells without a result have too."""
 
 
 @dataclass(frozen=True)
@@ -90,46 +31,105 @@ class Display:
 
     Attributes:
         title: the section's label.
-        cells: plain text, [row, column], by budget and method (and seed, if there are several).
-        standing: of each row, as in the tidy table.
+        keys: how many columns at the left identify a row.
+        groups: what stands above each column, where values repeat; else nothing.
+        heads: of each column.
+        cells: plain text, [row, column].
+        marks: `best`, `tied` or nothing, [row, column].
+        numeric: whether each column holds numbers.
         notes: why cells were skipped or failed; the first is marked (1).
     """
 
     title: str
-    cells: pd.DataFrame
-    standing: pd.Series
+    keys: int
+    groups: list[str]
+    heads: list[str]
+    cells: list[list[str]]
+    marks: list[list[str]]
+    numeric: list[bool]
     notes: list[Note]
 
+    @property
+    def blocks(self) -> list[int]:
+        """The rows with which a block begins: neighbors with the same first key are one, if there are other keys."""
+        if self.keys < 2:
+            return [0]
+        return [i for i, row in enumerate(self.cells) if i == 0 or row[0] != self.cells[i - 1][0]]
 
-def display(title: str, rows: pd.DataFrame) -> Display:
+
+def display(title: str, rows: pd.DataFrame, spec: TableConfig) -> Display:
     """The text of every cell of one section."""
+    reasons = _reasons(rows) if spec.best else {}
+    numbers = {reason: i for i, reason in enumerate(reasons, 1)}
+    if spec.across:
+        title, rows = _reference_in_title(title, rows, spec)
+    lines, tops = _grid(rows, spec)
+    columns = [(top, column) for top in tops for column in spec.values]
+    cells = {key: [_cell(line.get(top), c, spec, numbers) for top, c in columns] for key, line in lines.items()}
+    keys = len(spec.keys)
+    return Display(
+        title=one_line(title),
+        keys=keys,
+        groups=[""] * keys + [", ".join(top) for top, _ in columns],
+        heads=[column.head for column in (*spec.keys, *(column for _, column in columns))],
+        cells=[[*key[:keys], *(text for text, _ in line)] for key, line in cells.items()],
+        marks=[[""] * keys + [mark for _, mark in line] for line in cells.values()],
+        numeric=[FORMS[column.form].number for column in (*spec.keys, *(column for _, column in columns))],
+        notes=[_note(status, reason, found) for (status, reason), found in reasons.items()],
+    )
+
+
+def _reasons(rows: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """The rows that failed or were skipped, by status and reason."""
     blank = rows[rows["status"].isin([FAILED, SKIPPED])]
-    reasons = blank.groupby(["status", "reason"], sort=False)
-    number_of = {reason: i for i, (reason, _) in enumerate(reasons, 1)}
-    table = [_cells(row, number_of) for _, row in rows.iterrows()]
-    cells = pd.DataFrame(table, columns=[column.head for column in COLUMNS])
-    cells.insert(0, "Budget", rows["budget"].to_list())
-    cells.insert(1, "Method", rows["method"].to_list())
-    if rows["seed"].nunique() > 1:
-        cells.insert(2, "Seed", ["" if pd.isna(seed) else str(seed) for seed in rows["seed"]])
-    notes = [_note(str(status), str(reason), group) for (status, reason), group in reasons]
-    return Display(one_line(title), cells, rows["standing"].reset_index(drop=True), notes)
+    grouped = blank.groupby(["status", "reason"], sort=False)
+    return {(str(status), str(reason)): found for (status, reason), found in grouped}
 
 
-def _cells(row: pd.Series, number_of: dict[Any, int]) -> list[str]:
-    if row["status"] == DONE:
-        return [column.text(row) for column in COLUMNS]
-    note = number_of.get((row["status"], row["reason"]))
-    word = WORDS[row["status"]] + (f" ({note})" if note else "")
-    return [word if c.head == PERPLEXITY else c.text(row) if c.head == "Bits" else "" for c in COLUMNS]
+def _reference_in_title(title: str, rows: pd.DataFrame, spec: TableConfig) -> tuple[str, pd.DataFrame]:
+    """The reference belongs to no column where keys stand at the top."""
+    if "reference" not in rows:
+        return title, rows
+    value = spec.values[0]
+    shown = [FORMS[value.form].text(row, value.value) for row in _dicts(rows[rows["reference"]])]
+    return f"{title} (fp16: {shown[0]})" if shown else title, rows[~rows["reference"]]
+
+
+def _grid(rows: pd.DataFrame, spec: TableConfig) -> tuple[dict[Key, dict[Key, dict[str, Any]]], list[Key]]:
+    """{keys at the left: {keys at the top: row}}, and all keys at the top. No row hides another: one whose place is
+    taken gets a line of its own."""
+    lines: dict[Key, dict[Key, dict[str, Any]]] = {}
+    tops: dict[Key, None] = {}
+    for row in _dicts(rows):
+        left, top = _keys(row, spec.keys), _keys(row, spec.across)
+        while top in lines.get(left, {}):
+            left = (*left, "")
+        lines.setdefault(left, {})[top] = row
+        tops[top] = None
+    return lines, list(tops)
+
+
+def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return rows.to_dict("records")  # type: ignore[return-value]
+
+
+def _keys(row: dict[str, Any], columns: list[Column]) -> Key:
+    return tuple(FORMS[column.form].text(row, column.value) for column in columns)
+
+
+def _cell(row: dict[str, Any] | None, column: Column, spec: TableConfig, numbers: dict[Any, int]) -> tuple[str, str]:
+    """The text of a value, and its mark."""
+    if row is None:
+        return BLANK, ""
+    word = WORDS.get(row["status"]) if spec.best else None
+    if word is None or column.value in ALWAYS:
+        mark = row["standing"] if spec.best and column.value == spec.best else ""
+        return FORMS[column.form].text(row, column.value) or (BLANK if spec.across else ""), mark
+    note = numbers.get((row["status"], row["reason"]))
+    return (word + (f" ({note})" if note else "") if column.value == spec.best else ""), ""
 
 
 def _note(status: str, reason: str, rows: pd.DataFrame) -> Note:
     budgets = rows.groupby("budget", sort=False)["method"].unique()
     cells = "; ".join(f"{', '.join(methods)} at {budget}" for budget, methods in budgets.items())
-    return Note(status, f"{cells} {status}: {one_line(reason)}")
-
-
-def one_line(text: str) -> str:
-    """With single spaces between words, whatever the line breaks were."""
-    return " ".join(text.split())
+    return Note(status, one_line(f"{cells} {status}: {reason}"))

@@ -14,43 +14,64 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.intervals import paired_difference
 from harness.metrics import NUMERIC, metrics
 from harness.records import DONE, Record, canonical
-from harness.report import style
+from harness.report import parts, style
+from harness.report.forms import NOT_RUN
+from harness.report.standing import BEST, DIFFERENCE, EXCESS, TIED, differences, standings
 
-NOT_RUN = "not run"
-BEST, TIED = "best", "tied"
-EXCESS = 1.025
-"""Stored bits over those of the budget, up to which cells compete: a group index, or a width for each group."""
+__all__ = ["BEST", "DIFFERENCE", "EXCESS", "NOT_RUN", "TIED", "build", "sections", "slugs"]
 
 TEXTS = ("reason", "key", "created", "git")
-DIFFERENCE = ("delta_nll", "delta_nll_low", "delta_nll_high", "delta", "delta_low", "delta_high")
+INTERNAL = ["cell", "settings", "nll", "layers", "reference", "method_name"]
+"""Columns that are for the report's own use."""
 
 
 def build(records: Iterable[Record]) -> pd.DataFrame:
     """The tidy table of all records, ordered for print.
 
-    Of records with equal model, data, evaluation, method, budget and seed the latest counts. The reference
+    Of records with equal model, data, evaluation, method, budget and seeds the latest counts. The reference
     stands once in each section. Combinations of a section's methods and budgets that have no record get a row
     with the status `not run`. `delta…` is the difference from the reference (of the mean negative
-    log-likelihood, and of perplexity) with its paired 95 % interval; `standing` is `best` for the lowest
-    perplexity of a block, and `tied` where the paired interval of the difference from the best contains zero.
+    log-likelihood, and of perplexity) with its paired 95 % interval; `standing` is that of `standing.standings`.
 
     Raises:
         ValueError: there are no records.
     """
-    rows = [_row(record) for record in records]
-    if not rows:
+    frame = tidy(records)
+    if frame.empty:
         raise ValueError("there are no records to report; run a cell or a sweep first: python -m harness --help")
-    frame = _latest(pd.DataFrame(rows))
-    frame["section"] = _section_labels(frame)
-    frame = pd.concat([frame, *_not_run(frame)], ignore_index=True)
-    frame[list(NUMERIC)] = frame[list(NUMERIC)].astype(float)
-    frame["seed"] = frame["seed"].astype("Int64")
-    frame[list(TEXTS)] = frame[list(TEXTS)].fillna("")
-    frame = _ordered(frame)
-    return frame.join(_differences(frame)).join(_standings(frame))
+    return compare(complete(sectioned(frame)))
+
+
+def tidy(records: Iterable[Record]) -> pd.DataFrame:
+    """A row a cell, typed; without records, no rows."""
+    rows = [_row(record) for record in records]
+    return _typed(_latest(pd.DataFrame(rows))) if rows else pd.DataFrame()
+
+
+def sectioned(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the column `section`: `model on data`, and the settings in which sections of one model and text differ."""
+    labels = {}
+    for (model, data), rows in frame.groupby(["model", "data"]):
+        distinct = sorted(rows["settings"].unique())
+        settings = pd.json_normalize([json.loads(text) for text in distinct]).map(str)
+        varying = settings.loc[:, settings.nunique() > 1]
+        for key, values in zip(distinct, varying.to_dict("records"), strict=True):
+            differing = ", ".join(f"{name}={value}" for name, value in values.items())
+            labels[model, data, key] = f"{model} on {data}" + (f" with {differing}" if differing else "")
+    identity = frame[["model", "data", "settings"]].itertuples(index=False, name=None)
+    return _ordered(frame.assign(section=[labels[row] for row in identity]))
+
+
+def complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """With rows of the status `not run` for the methods and budgets of a section that were not combined."""
+    return _ordered(_typed(pd.concat([frame, *_not_run(frame)], ignore_index=True)))
+
+
+def compare(frame: pd.DataFrame, block: str = "budget") -> pd.DataFrame:
+    """With every row's difference from its section's reference, and its standing in its block."""
+    return frame.join(differences(frame)).join(standings(frame, [block]))
 
 
 def sections(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -82,17 +103,21 @@ def _row(record: Record) -> dict[str, Any]:
         "method_name": method,
         "budget": "–" if reference else record.labels["budget"],
         "seed": cell["seed"],
+        "data_seed": cell["data"].get("seed", 0),
         "nominal_bits": bound.get("bits") or bound.get("effective_bits"),
+        **parts.of(record),
         "reference": reference,
         "status": record.status,
         "reason": record.reason,
         **metrics(record),
+        "quantize_peak_bytes": record.cost.get("quantize_peak_bytes"),
         "key": record.key,
         "created": record.created,
         "git": record.environment.get("git"),
         "settings": canonical(_settings(cell)),
         "nll": np.asarray(record.result.get("nll", []), dtype=float),
         "layers": record.result.get("layers", []),
+        "cell": cell,
     }
 
 
@@ -102,39 +127,30 @@ def _settings(cell: dict[str, Any]) -> dict[str, Any]:
     return {"model": cell["model"], "data": data, "evaluation": cell["evaluation"]}
 
 
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    numeric = [*NUMERIC, "quantize_peak_bytes", "nominal_bits", "input_bits"]
+    frame[numeric] = frame[numeric].astype(float)
+    frame[["seed", "data_seed"]] = frame[["seed", "data_seed"]].astype("Int64")
+    frame[list(TEXTS)] = frame[list(TEXTS)].fillna("")
+    return frame
+
+
 def _latest(frame: pd.DataFrame) -> pd.DataFrame:
     """The latest record of each cell; of the reference, which no budget or seed changes, the latest done."""
     identity = ["model", "data", "settings", "method", "budget"]
     age = frame.assign(done=frame["status"] == DONE).sort_values(["created", "key"])
     reference = age[age["reference"]].sort_values("done", kind="stable").drop_duplicates(identity, keep="last")
-    others = age[~age["reference"]].drop_duplicates([*identity, "seed"], keep="last")
+    others = age[~age["reference"]].drop_duplicates([*identity, "seed", "data_seed"], keep="last")
     return pd.concat([reference, others], ignore_index=True).drop(columns="done")
 
 
-def _section_labels(frame: pd.DataFrame) -> pd.Series:
-    """`model on data`, and the settings in which sections of one model and text differ."""
-    labels = {}
-    for (model, data), rows in frame.groupby(["model", "data"]):
-        distinct = sorted(rows["settings"].unique())
-        settings = pd.json_normalize([json.loads(text) for text in distinct]).map(str)
-        varying = settings.loc[:, settings.nunique() > 1]
-        for key, values in zip(distinct, varying.to_dict("records"), strict=True):
-            differing = ", ".join(f"{name}={value}" for name, value in values.items())
-            labels[model, data, key] = f"{model} on {data}" + (f" with {differing}" if differing else "")
-    return pd.Series(
-        [labels[row] for row in frame[["model", "data", "settings"]].itertuples(index=False, name=None)],
-        frame.index,
-    )
-
-
 def _not_run(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Rows for the methods and budgets of a section that were not combined."""
     for _, rows in sections(frame[~frame["reference"]]):
         shared = rows[["section", "model", "data", "settings"]].iloc[:1]
         methods = rows[["method", "method_name"]].drop_duplicates("method")
         budgets = rows[["budget", "nominal_bits"]].drop_duplicates("budget")
         pairs = shared.merge(methods, how="cross").merge(budgets, how="cross")
-        pairs = pairs.merge(rows[["method", "budget"]], how="left", indicator="record")
+        pairs = pairs.merge(rows[["method", "budget"]].drop_duplicates(), how="left", indicator="record")
         blank = pairs[pairs["record"] == "left_only"].drop(columns="record")
         if len(blank):
             yield blank.assign(reference=False, status=NOT_RUN)
@@ -142,48 +158,5 @@ def _not_run(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     order = frame.assign(rank=frame["method_name"].map(style.rank), block=~frame["reference"])
-    order = order.sort_values(["section", "block", "nominal_bits", "budget", "rank", "method", "seed"])
-    return order.drop(columns=["rank", "block"]).reset_index(drop=True)
-
-
-def _differences(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every row against its section's reference; rows that cannot be compared stay blank."""
-    found = pd.DataFrame(np.nan, frame.index, list(DIFFERENCE))
-    for _, rows in sections(frame[frame["status"] == DONE]):
-        for _, reference in rows[rows["reference"]].iterrows():
-            for index, row in rows[~rows["reference"]].iterrows():
-                if _comparable(row, reference):
-                    nll = _difference(row, reference)
-                    found.loc[index] = [*nll, *(reference["perplexity"] * np.expm1(nll))]
-    return found
-
-
-def _standings(frame: pd.DataFrame) -> pd.Series:
-    """Who is best in each block, and who cannot be told from the best. One cell alone is neither.
-
-    Cells that stored more than their budget do not compete: their perplexity is that of other bits.
-    """
-    standing: dict[Any, str] = {}
-    within = ~(frame["effective_bits"] > EXCESS * frame["limit_bits"])  # without a limit, all are
-    contenders = frame[~frame["reference"] & (frame["status"] == DONE) & within]
-    for _, block in contenders.groupby(["section", "budget"]):
-        best, *others = [row for _, row in block.sort_values("perplexity", kind="stable").iterrows()]
-        rivals = [row for row in others if _comparable(row, best)]
-        if rivals:
-            standing[best.name] = BEST
-        for rival in rivals:
-            _, low, _ = _difference(rival, best)
-            standing[rival.name] = TIED if low <= 0 else ""
-    return pd.Series([standing.get(index, "") for index in frame.index], frame.index, name="standing")
-
-
-def _difference(row: pd.Series, other: pd.Series) -> np.ndarray:
-    """Mean NLL of `row` minus that of `other`, and the ends of the paired interval."""
-    estimate = paired_difference(row["nll"], other["nll"])
-    return np.array([estimate.value, estimate.low, estimate.high])
-
-
-def _comparable(row: pd.Series, other: pd.Series) -> bool:
-    """Whether both were measured on the same sequences."""
-    same = row["tokens"] == other["tokens"] and row["length"] == other["length"]
-    return bool(same and len(row["nll"]) == len(other["nll"]) > 0)
+    columns = ["section", "block", "nominal_bits", "budget", "rank", "method", "seed", "data_seed"]
+    return order.sort_values(columns).drop(columns=["rank", "block"]).reset_index(drop=True)

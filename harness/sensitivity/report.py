@@ -17,7 +17,7 @@ from rich.table import Table
 
 from harness.records import write_atomically
 from harness.report import style
-from harness.report.figures import INK, save
+from harness.report.figures import save
 from harness.report.tables import markdown_text
 from harness.sensitivity.study import Study, agreement, matrix
 from methods.sensitivity.base import Sensitivity
@@ -88,7 +88,6 @@ def write(found: Study, title: str, folder: Path) -> list[Path]:
     paths = [tables / name for name in contents]
     with matplotlib.rc_context(style.FIGURE):
         paths += save(with_truth(found, title), folder / "figures" / f"agreement_{slug}")
-    with matplotlib.rc_context(style.FIGURE | {"savefig.dpi": 110}):  # many cells, each with its number
         paths += save(between_metrics(found, title), folder / "figures" / f"metrics_{slug}")
     return paths
 
@@ -143,7 +142,7 @@ def _heat(axis: Axes, table: pd.DataFrame) -> None:
     colors = matplotlib.colormaps["PuOr_r"]
     axis.imshow(table.to_numpy(float), cmap=colors, vmin=-1, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(table.to_numpy(float)):
-        ink = "white" if abs(value) > 0.7 else INK
+        ink = "white" if abs(value) > 0.7 else style.INK
         axis.text(
             column, row, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", size=6.5, color=ink
         )

@@ -377,5 +377,5 @@ class TestFiles:
         figure = figures.cost_against_size(frame, "title")
         assert len(figure.axes) == 4  # seconds and memory by two lengths
         paths = save(figure, tmp_path / "bench_hessian")
-        assert [path.suffix for path in paths] == [".png", ".svg"]
+        assert [path.suffix for path in paths] == [".png", ".svg", ".pdf"]
         assert all(path.stat().st_size > 1000 for path in paths)

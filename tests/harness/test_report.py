@@ -21,10 +21,12 @@ import pytest
 from rich.console import Console
 
 from harness.records import Record, Store, digest
-from harness.report import display, figures, frame, style, tables, terminal
+from harness.report import builder, figures, forms, frame, spec, standing, style, terminal
 from harness.report import report as write_report
 from harness.report.__main__ import ReportConfig, main
+from harness.report.sources import Material
 
+BEST, TIED = standing.BEST, standing.TIED
 HOSTILE = r"a_b $x^2$ & 50% #1 {y} \z ~ <b>|*c*|</b> [l](u) `d`"
 LAYERS = [f"model.layers.{i}.{kind}" for i in range(8) for kind in ("self_attn.q_proj", "mlp.up_proj")]
 BITS = {"w2g128": 2, "w3g128": 3, "w4g128": 4, "w8g128": 8, "b3.25g128": 3.25}
@@ -56,7 +58,7 @@ def make(
     bits = BITS.get(budget, 16)
     cell = {
         "model": {"name": model, "path": None},
-        "data": {"name": "pydocs", "length": 512, "seed": seed, **data},
+        "data": {"name": "pydocs", "length": 512, "calibration_sequences": 64, "seed": seed, **data},
         "method": {"name": name},
         "budget": {"name": budget, "bits": bits if budget.startswith("w") else None, "effective_bits": bits},
         "evaluation": {"tasks": [], "kl": True},
@@ -136,6 +138,18 @@ def tidy(sweep: list[Record]) -> pd.DataFrame:
     return frame.build(sweep)
 
 
+def comparison(records: list[Record]) -> builder.Built:
+    """The main comparison, of all these records."""
+    table = replace(spec.load("comparison"), where={})
+    return builder.build(table, Material(frame.tidy(records)))
+
+
+def calibrated(record: Record, seed: int) -> Record:
+    """The record as it were with other calibration text."""
+    cell = {**record.cell, "data": {**record.cell["data"], "seed": seed}}
+    return replace(record, cell=cell, key=digest([record.key, seed]))
+
+
 def pick(table: pd.DataFrame, method: str, budget: str) -> pd.Series:
     (row,) = (r for _, r in table.iterrows() if (r["method"], r["budget"]) == (method, budget))
     return row
@@ -166,7 +180,16 @@ def test_seeds_stay_apart_and_are_not_sections() -> None:
     table = frame.build([make("rtn", seed=seed) for seed in range(3)])
     assert list(table["seed"]) == [0, 1, 2]
     assert table["section"].nunique() == 1
-    assert "Seed" in tables.display("tiny", table).cells
+    assert "Seed" in comparison([make("rtn", seed=seed) for seed in range(3)]).displays[0].heads
+
+
+def test_calibration_seeds_stay_apart() -> None:
+    """Records that differ in the calibration text alone do not replace one another."""
+    records = [calibrated(make("rtn"), seed) for seed in (2, 0, 1)]
+    table = frame.build(records)
+    assert list(table["data_seed"]) == [0, 1, 2]
+    shown = comparison(records).displays[0]
+    assert [row[shown.heads.index("Text seed")] for row in shown.cells] == ["0", "1", "2"]
 
 
 def test_cells_of_other_windows_stand_in_another_section() -> None:
@@ -212,7 +235,7 @@ def test_best_and_tied_rest_on_paired_intervals() -> None:
     ]
     table = frame.build(records)
     standing = dict(zip(table["method"], table["standing"], strict=True))
-    assert standing == {"rtn": "", "gptq": frame.BEST, "awq": frame.TIED}
+    assert standing == {"rtn": "", "gptq": BEST, "awq": TIED}
     alone = frame.build(records[:1])
     assert list(alone["standing"]) == [""]
 
@@ -225,7 +248,7 @@ def test_who_stores_more_than_the_budget_does_not_compete() -> None:
     records = [stored("rtn", 0.1, 4.0), stored("gptq", 0.05, 4.09), stored("awq", 0.01, 4.11)]
     table = frame.build(records)
     standing = dict(zip(table["method"], table["standing"], strict=True))
-    assert standing == {"rtn": "", "gptq": frame.BEST, "awq": ""}
+    assert standing == {"rtn": "", "gptq": BEST, "awq": ""}
 
 
 def test_no_records_is_an_error() -> None:
@@ -233,17 +256,20 @@ def test_no_records_is_an_error() -> None:
         frame.build([])
 
 
-def show(table: pd.DataFrame, width: int = 120) -> str:
+def show(built: builder.Built, width: int = 120) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    terminal.show(table, console)
+    terminal.show(built, console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_terminal_table_fits_and_says_what_failed(tidy: pd.DataFrame) -> None:
-    text = show(tidy)
+def test_the_terminal_table_fits_and_says_what_failed(sweep: list[Record]) -> None:
+    built = comparison(sweep)
+    text = show(built)
     assert max(map(len, text.splitlines())) <= 120
-    cells = display.display("", tidy).cells.drop(columns="Method")
-    assert all(cell in text for cell in cells.to_numpy().flat)  # no number is cut or wrapped
+    (shown,) = built.displays
+    assert all(cell in text for row in shown.cells for cell in row[shown.keys :])  # no number is cut or wrapped
+    lines = [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in BITS]
+    assert lines == ["w2g128", "w3g128", "b3.25g128", "w4g128", "w8g128"]  # each names its block once
     sentence = " ".join(text.split())
     assert f"hawq_v1 at w2g128 failed: the Hessian of {HOSTILE} is singular" in sentence
     assert "rtn, gptq, awq at b3.25g128 skipped: uniform widths cannot meet a bound" in sentence
@@ -253,8 +279,10 @@ def test_the_terminal_table_fits_and_says_what_failed(tidy: pd.DataFrame) -> Non
 def test_the_terminal_table_fits_with_seeds_and_huge_numbers() -> None:
     records = [make("fp16", model=HOSTILE)]
     records += [make("hawq_v2 rounding=gptq", loss=loss, seed=i, model=HOSTILE) for i, loss in enumerate((0.0, 5, 9))]
-    text = show(frame.build(records))
-    assert max(map(len, text.splitlines())) <= 120
+    built = comparison(records)
+    text = show(built)
+    assert max(map(len, text.splitlines())) <= 125  # with two columns of seeds and one of a task
+    assert all(cell in text for row in built.displays[0].cells for cell in row[built.displays[0].keys :])
     assert f"{11.415056 * math.exp(9):.0f} ± " in text
     assert HOSTILE in text
 
@@ -271,10 +299,8 @@ def test_the_terminal_table_fits_with_seeds_and_huge_numbers() -> None:
     ],
 )
 def test_value_and_half_width_have_the_same_digits(value: float, half: float, expected: str) -> None:
-    row = pick(frame.build([make()]), "rtn", "w4g128").copy()
-    row[["perplexity", "perplexity_low", "perplexity_high"]] = [value, value - half, value + half]
-    (column,) = (c for c in display.COLUMNS if c.head == display.PERPLEXITY)
-    assert column.text(row) == expected
+    row = {"perplexity": value, "perplexity_low": value - half, "perplexity_high": value + half}
+    assert forms.FORMS["interval"].text(row, "perplexity") == expected
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -297,7 +323,8 @@ def written(sweep: list[Record], tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_the_same_records_give_the_same_bytes(sweep: list[Record], written: Path, tmp_path: Path) -> None:
     hostile = [make("rtn", model=HOSTILE, loss=0.1), make("fp16", model=HOSTILE)]
     again = write_report([*hostile, *reversed(sweep)], tmp_path, Console(file=io.StringIO()))
-    assert len(again) == 5 + 6 + 4
+    names = {path.name for path in again if path.suffix in (".md", ".tex", ".csv")}
+    assert names == {f"{name}.{end}" for name in ("comparison", "failures") for end in ("md", "tex", "csv")}
     for path in again:
         assert path.read_bytes() == (written / path.relative_to(tmp_path)).read_bytes(), path.name
 
@@ -331,7 +358,7 @@ def test_csv_has_every_row_in_full_precision(written: Path, tidy: pd.DataFrame) 
     assert len(table) == len(tidy)
     row, known = pick(table, "gptq", "w4g128"), pick(tidy, "gptq", "w4g128")
     for name in ("perplexity", "perplexity_low", "delta_nll_high", "arc_easy.acc"):
-        assert float(row[name]) == known[name]
+        assert float(row[name]) == pytest.approx(known[name], rel=1e-14)
     assert (row["key"], row["status"]) == (known["key"], "done")
     assert "singular" in pick(table, "hawq_v1", "w2g128")["reason"]
 
@@ -348,7 +375,7 @@ def test_latex_is_balanced_and_escaped(written: Path) -> None:
     (first,) = (part for part in body.split(r"\end{tabular}") if "tiny on pydocs" in part)
     for line in (line for line in first.splitlines() if line.endswith(r"\\")):
         width = sum(int(n) - 1 for n in re.findall(r"multicolumn\{(\d+)\}", line))
-        assert len(re.findall(r"(?<!\\)&", line)) + width == 10
+        assert len(re.findall(r"(?<!\\)&", line)) + width == 11
     assert first.count(r"\midrule") == 6  # after the head, after fp16, and between five budgets
     assert "cline" not in text
     assert r"\textbf{\underline{" in text
@@ -367,8 +394,9 @@ def test_latex_compiles(written: Path, tmp_path: Path) -> None:
 def test_failures_are_listed(written: Path, tmp_path: Path) -> None:
     failures = pd.read_csv(written / "tables/failures.csv")
     assert list(failures["method"]) == ["hawq_v1"]
-    tables.write(frame.build([make()]), tmp_path)
-    assert "No cell failed." in (tmp_path / "failures.md").read_text()
+    assert "singular" in (written / "tables/failures.md").read_text()
+    write_report([make(), make("fp16")], tmp_path, Console(file=io.StringIO()))
+    assert "No cell failed." in (tmp_path / "tables/failures.md").read_text()
 
 
 def test_figures_are_large_enough_and_carry_text(written: Path) -> None:
@@ -443,7 +471,7 @@ def test_the_command_reports_a_store_with_failures_and_succeeds(sweep: list[Reco
     command = [sys.executable, "-m", "harness.report", f"records={store.folder}", f"folder={tmp_path}/out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Top-1 % ↑  Quant. s  Peak GB" in done.stdout
+    assert "11.42 ± 0.80" in done.stdout
     assert (tmp_path / "out/tables/comparison.md").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}  # Hydra leaves nothing behind
 
