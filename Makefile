@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize parity lint format clean
+.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize parity claims home-ground wandb-sync dashboard lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,12 +21,12 @@ $(READY): pyproject.toml .constraints.txt
 	@touch $@
 
 run: $(READY) ## The default comparison: sweep, table in the terminal, results/tables, results/figures
-	@$(BIN)/python -m harness experiment=default; status=$$?; $(BIN)/python -m harness.report group=default && exit $$status
+	@$(BIN)/python -m harness experiment=default; status=$$?; $(BIN)/python -m harness.report table=comparison group=default && exit $$status
 
 sweep: $(READY) ## Any sweep: make sweep ARGS="-m method=rtn,gptq budget=w3g128,w4g128"
 	@$(BIN)/python -m harness $(ARGS)
 
-tables: $(READY) ## Tables and figures again from the records, without computing anything
+tables: $(READY) ## Every table of conf/table, and figures, from records and committed CSV files alone
 	@$(BIN)/python -m harness.report
 
 test: $(READY) ## The tests that take seconds
@@ -50,6 +50,19 @@ bench-quantize: $(READY) ## Seconds and memory of every method, and GPTQ beside 
 
 parity: $(READY) ## Our methods beside the libraries that made them known, each in an environment of its own
 	@$(BIN)/python -m harness.parity $(ARGS)
+
+claims: $(READY) ## The survey's claims put to the test: runs what is missing; one of them: make claims ARGS="claim=C46"
+	@$(BIN)/python -m harness.claims $(ARGS)
+
+home-ground: $(READY) ## HAWQ where it comes from: a small CNN and a small bidirectional encoder
+	@$(BIN)/python -m harness.home $(ARGS)
+
+wandb-sync: $(READY) ## Upload records, tables and figures to wandb; what is there already is skipped
+	@$(BIN)/python -m harness.tracking $(ARGS)
+
+dashboard: $(READY) ## A wandb report and workspace of the uploaded runs
+	@$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[dashboard]'
+	@$(BIN)/python -m harness.dashboard $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

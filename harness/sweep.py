@@ -77,7 +77,7 @@ def run_cell(cell: Cell, run: RunConfig, *, force: bool = False, position: str =
     label = escape(" · ".join(cell.labels.values()))
     known = None if force else Store(run.results).read(cell.key)
     if known is not None and known.status != FAILED:
-        console.print(f"[dim]{position} {label}  {_summary(known)} (had it)[/dim]")
+        console.print(f"[dim]{position} {label}  {summary(known)} (had it)[/dim]")
         return known, True
     with console.status(f"{position} {label}") as status:
 
@@ -86,11 +86,12 @@ def run_cell(cell: Cell, run: RunConfig, *, force: bool = False, position: str =
             status.update(f"{position} {label}  [dim]{escape(detail)}[/dim]")
 
         record = shared_worker().run(cell, run, listen)
-    console.print(f"{position} {label}  {_summary(record)}")
+    console.print(f"{position} {label}  {summary(record)}")
     return record, False
 
 
-def _summary(record: Record) -> str:
+def summary(record: Record) -> str:
+    """What became of a cell, in one line of rich's markup."""
     if record.status != DONE:
         colour = {FAILED: "red", SKIPPED: "yellow"}[record.status]
         return f"[{colour}]{record.status}[/{colour}]: {escape(record.reason or '')}"
