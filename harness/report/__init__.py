@@ -50,6 +50,8 @@ def report(
 def report_all(material: Material, names: Iterable[str], folder: Path, console: Console) -> list[Path]:
     """Write the tables of these names, with their figures, and print the main one, or the only one.
 
+    What has no records at all does not replace a table that has.
+
     Returns:
         The paths of the files written.
 
@@ -57,10 +59,15 @@ def report_all(material: Material, names: Iterable[str], folder: Path, console: 
         ValueError: a table is unknown, or its description is wrong.
     """
     found = {name: builder.build(spec.load(name), material) for name in names}
+    paths = []
     for name, built in found.items():
         if name == tables.MAIN or len(found) == 1:
             terminal.show(built, console)
-    return [path for name, built in found.items() for path in _write(built, folder, name)]
+        if built.rows.empty and (folder / "tables" / f"{name}.md").exists():
+            console.print(f"{name}: no records to make it from; the table that is there stays.")
+        else:
+            paths += _write(built, folder, name)
+    return paths
 
 
 def _write(built: builder.Built, folder: Path, name: str) -> list[Path]:

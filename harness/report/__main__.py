@@ -1,4 +1,4 @@
-"""Make every table of conf/table, and the figures, from the records and committed CSV files.
+"""Make every table of conf/table, figures and the page `report.html`, from the records and committed CSV files.
 
 python -m harness.report
 python -m harness.report records=results/runs folder=results
@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
 from harness.records import Record, Store
-from harness.report import frame, report, report_all, spec, tables, terminal
+from harness.report import frame, page, report, report_all, spec, tables, terminal
 from harness.report.sources import REPORTED, Material
 from harness.tracking import log_figures
 
@@ -83,8 +83,10 @@ def _write(config: ReportConfig, records: list[Record], console: Console) -> lis
     if config.name != tables.MAIN or set(labels.values()) != {ANY}:
         return report(records, Path(config.folder), console, config.name, labels)
     material = Material(frame.tidy(records), Path(config.measured), Path(config.reported))
-    names = [config.table] if config.table else spec.names()
-    return report_all(material, names, Path(config.folder), console)
+    if config.table:
+        return report_all(material, [config.table], Path(config.folder), console)
+    paths = report_all(material, spec.names(), Path(config.folder), console)
+    return [*paths, page.write(Path(config.folder))]
 
 
 if __name__ == "__main__":
