@@ -37,8 +37,11 @@ class Analysis(ABC):
     share: float = 2 / 3
 
     default: ClassVar[Rule] = Rule((-SIDE, 0.0), (0.0, SIDE))
-    uses_study: ClassVar[bool] = False
-    """Whether it looks at `Evidence.study`."""
+
+    @property
+    def uses_study(self) -> bool:
+        """Whether it looks at `Evidence.study`."""
+        return False
 
     def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
         """The cells that `cases` looks at, as overrides of the base configuration."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from harness.claims.analysis import Analysis, analysis
 from harness.claims.checks import fallback, formats, hawq_v3, rounding  # noqa: F401 - they register checks
@@ -24,11 +23,13 @@ class Exact(Analysis):
 
     check: str
 
-    uses_study: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.check not in CHECKS:
             raise ValueError(f"unknown check {self.check!r}: {hint(self.check, CHECKS)}")
+
+    @property
+    def uses_study(self) -> bool:
+        return CHECKS[self.check].uses_study
 
     @property
     def rule(self) -> Rule:

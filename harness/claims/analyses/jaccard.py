@@ -41,7 +41,10 @@ class Jaccard(Analysis):
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)
 
     default: ClassVar[Rule] = Rule((0.7, 1.0))
-    uses_study: ClassVar[bool] = True
+
+    @property
+    def uses_study(self) -> bool:
+        return True
 
     def cases(self, evidence: Evidence) -> list[Case]:
         return [self._case(evidence, share) for share in self.shares]

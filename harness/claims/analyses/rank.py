@@ -38,7 +38,9 @@ class Ranked(Analysis):
     partial: tuple[str, ...] = ()
     within_types: bool = False
 
-    uses_study: ClassVar[bool] = True
+    @property
+    def uses_study(self) -> bool:
+        return True
 
     def cases(self, evidence: Evidence) -> list[Case]:
         return [self._case(evidence, fmt) for fmt in self.formats]

@@ -18,18 +18,20 @@ class Check:
 
     run: Callable[[Evidence], list[Case]]
     rule: Rule
+    uses_study: bool = False
 
 
+Run = Callable[[Evidence], list[Case]]
 CHECKS: dict[str, Check] = {}
 
 
-def check(name: str, rule: Rule) -> Callable[[Callable[[Evidence], list[Case]]], Callable[[Evidence], list[Case]]]:
+def check(name: str, rule: Rule, uses_study: bool = False) -> Callable[[Run], Run]:
     """Register a check under the name by which the ledger asks for it."""
 
-    def decorate(run: Callable[[Evidence], list[Case]]) -> Callable[[Evidence], list[Case]]:
+    def decorate(run: Run) -> Run:
         if name in CHECKS:
             raise ValueError(f"two checks are called {name!r}")
-        CHECKS[name] = Check(run, rule)
+        CHECKS[name] = Check(run, rule, uses_study)
         return run
 
     return decorate

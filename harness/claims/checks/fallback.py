@@ -21,7 +21,7 @@ SHARES = np.arange(0.1, 0.91, 0.05)
 """Of all weights that may fall back to the wide format: from one in ten to nine in ten."""
 
 
-@check("greedy_regret", Rule((0.0, 0.02)))
+@check("greedy_regret", Rule((0.0, 0.02)), uses_study=True)
 def greedy_regret(evidence: Evidence) -> list[Case]:
     """C55: how much more Ω is left by falling back in the order of Ω, from 4 to 8 bits, than by the exact optimum at
     the same budget, relative to the optimum; the median over budgets, with its bootstrap interval."""
@@ -50,7 +50,7 @@ def _regret(narrow: pd.DataFrame, wide: pd.DataFrame, share: float) -> float:
     return (greedy - best) / abs(best)
 
 
-@check("fallback_order", ALL_EQUAL)
+@check("fallback_order", ALL_EQUAL, uses_study=True)
 def fallback_order(evidence: Evidence) -> list[Case]:
     """C54: Kendall's τ between the order in which the shipped strategy falls back, for a metric of which less is
     better, and descending Ω. It sorts by the trace alone, and the other way round."""
