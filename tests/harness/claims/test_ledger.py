@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from harness.cell import make_record
@@ -22,7 +22,7 @@ from harness.claims.ledger import Claim
 from harness.claims.runner import lacking
 from harness.claims.studies import Study
 from harness.claims.verdicts import INCONCLUSIVE, NOT_RUN, NOT_TESTABLE, REFUTED, SUPPORTED
-from harness.config import register_configs
+from harness.config import register_configs, to_cell
 from harness.records import DONE, FAILED, SKIPPED, Store
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -70,10 +70,15 @@ def test_the_ledger_has_every_claim_and_every_slip() -> None:
 
 def test_every_cell_of_the_ledger_can_be_composed(evidence: Evidence) -> None:
     needs = {need for claim in ledger.load().values() for part in claim.parts for need in part.needs(evidence)}
-    plain = {tuple(o for o in need if not o.startswith(("data.seed", "seed"))) for need in needs}
-    for overrides in plain:
+    methods = {tuple(o for o in need if not o.startswith(("budget=", "data.seed=", "seed="))) for need in needs}
+    for overrides in (*methods, *((o,) for need in needs for o in need if o.startswith("budget="))):
         evidence.cell(overrides)
-    assert len(plain) > 100
+    assert len(methods) > 60
+
+
+def test_seeds_are_set_as_hydra_would(evidence: Evidence) -> None:
+    overrides = ("method=gptq", "data.seed=3", "seed=5")
+    assert evidence.cell(overrides) == to_cell(compose("config", overrides=[*evidence.base, *overrides]))
 
 
 @pytest.mark.parametrize(
