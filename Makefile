@@ -55,7 +55,7 @@ claims: $(READY) ## The survey's claims put to the test: runs what is missing; o
 	@$(BIN)/python -m harness.claims $(ARGS)
 
 home-ground: $(READY) ## HAWQ where it comes from: a small CNN and a small bidirectional encoder
-	@$(BIN)/python -m harness.home $(ARGS)
+	@$(BIN)/python -m harness.home_ground $(ARGS)
 
 wandb-sync: $(READY) ## Upload records, tables and figures to wandb; what is there already is skipped
 	@$(BIN)/python -m harness.tracking $(ARGS)

@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 
-from harness.home import table as tables
-from harness.home.figure import draw
-from harness.home.ranks import ALL
-from harness.home.study import FULL, UNIFORM
+from harness.home_ground import table as tables
+from harness.home_ground.figure import draw
+from harness.home_ground.ranks import ALL
+from harness.home_ground.study import FULL, UNIFORM
 from harness.records import write_atomically
 from harness.report import style
 from harness.report.figures import save

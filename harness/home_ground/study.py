@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from harness.accounting import packed_copy, storage
 from harness.calibration import as_statistics, collect
-from harness.home.classifier import Classifier
-from harness.home.examples import Examples
-from harness.home.ranks import TRUTH
-from harness.home.scores import Effort, scores, truth
+from harness.home_ground.classifier import Classifier
+from harness.home_ground.examples import Examples
+from harness.home_ground.ranks import TRUTH
+from harness.home_ground.scores import Effort, scores, truth
 from methods.base import Context, Quantized, Stat, Statistics
 from methods.budget import Budget
 from methods.formats.base import Format

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from harness.home.ranks import ALL
-from harness.home.study import FULL, RANDOM
-from harness.home.table import reference
+from harness.home_ground.ranks import ALL
+from harness.home_ground.study import FULL, RANDOM
+from harness.home_ground.table import reference
 from harness.report import style
 from harness.report.figures import INK
 

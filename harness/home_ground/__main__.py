@@ -1,7 +1,7 @@
 """HAWQ where it was first validated: a small CNN and a small BERT-style encoder, trained here, quantized, compared.
 
-python -m harness.home                                    # minutes on 2 cores; trained weights are kept
-python -m harness.home models=[cnn] seeds=[0] folder=DIR  # a part of it
+python -m harness.home_ground                                    # minutes on 2 cores; trained weights are kept
+python -m harness.home_ground models=[cnn] seeds=[0] folder=DIR  # a part of it
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rich.console import Console
 
 from harness.cache import Cache
 from harness.config import RunConfig, build, part, register_configs
-from harness.home import ranks, report, table
-from harness.home.study import Outcome, Study
-from harness.home.train import HOMES, Home, trained
+from harness.home_ground import ranks, report, table
+from harness.home_ground.study import Outcome, Study
+from harness.home_ground.train import HOMES, Home, trained
 from harness.messages import refusing, status
 from methods.base import hint
 
@@ -48,11 +48,11 @@ class HomeConfig:
     """Gets `tables/` and `figures/`."""
 
 
-ConfigStore.instance().store(name="base_home", node=HomeConfig)
+ConfigStore.instance().store(name="base_home_ground", node=HomeConfig)
 register_configs()
 
 
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="home")
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="home_ground")
 @refusing(console)
 def job(config: DictConfig) -> None:
     """Train, score, allocate, round, test, write."""

@@ -13,13 +13,13 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from harness.cache import Cache
-from harness.home import ranks, report, scores, table
-from harness.home.__main__ import home
-from harness.home.cnn import CNN, Convolution
-from harness.home.encoder import Encoder
-from harness.home.examples import Examples, digits, shuffled
-from harness.home.study import ALLOCATORS, RANDOM, UNIFORM, Outcome, Study, budget_of
-from harness.home.train import HOMES, Recipe, train, trained
+from harness.home_ground import ranks, report, scores, table
+from harness.home_ground.__main__ import home
+from harness.home_ground.cnn import CNN, Convolution
+from harness.home_ground.encoder import Encoder
+from harness.home_ground.examples import Examples, digits, shuffled
+from harness.home_ground.study import ALLOCATORS, RANDOM, UNIFORM, Outcome, Study, budget_of
+from harness.home_ground.train import HOMES, Recipe, train, trained
 from methods.network import discover
 from methods.sensitivity.base import Subject
 from methods.sensitivity.eigenvalue import TopEigenvalue

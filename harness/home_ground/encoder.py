@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.home.classifier import Classifier
+from harness.home_ground.classifier import Classifier
 
 
 class Attention(nn.Module):

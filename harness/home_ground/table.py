@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from harness.home.ranks import ALL
-from harness.home.study import CHANNEL, FULL, GROUP, RANDOM, UNIFORM, Outcome
+from harness.home_ground.ranks import ALL
+from harness.home_ground.study import CHANNEL, FULL, GROUP, RANDOM, UNIFORM, Outcome
 from harness.intervals import RESAMPLES, Estimate
 
 Floats: TypeAlias = NDArray[np.float64]

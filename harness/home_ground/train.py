@@ -14,10 +14,10 @@ from torch import Tensor
 
 from harness.cache import Cache
 from harness.code import code_version
-from harness.home.classifier import Classifier
-from harness.home.cnn import CNN
-from harness.home.encoder import Encoder
-from harness.home.examples import Examples, digits, passages
+from harness.home_ground.classifier import Classifier
+from harness.home_ground.cnn import CNN
+from harness.home_ground.encoder import Encoder
+from harness.home_ground.examples import Examples, digits, passages
 
 
 @dataclass(frozen=True)
