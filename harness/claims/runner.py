@@ -21,10 +21,13 @@ from harness.workers import Worker
 
 
 def lacking(evidence: Evidence, needs: Iterable[Overrides], store: Store) -> list[Cell]:
-    """The cells that have no record yet, or one that failed: each once, those of a session side by side."""
+    """The cells that have no record yet, or one that failed: each once, those of a session side by side.
+
+    Further calibration texts come first: claims that need several of them are then complete early.
+    """
     cells = {cell.key: cell for cell in map(evidence.cell, dict.fromkeys(needs))}
     waiting = [cell for key, cell in cells.items() if (known := store.read(key)) is None or known.status == FAILED]
-    return sorted(waiting, key=lambda cell: (repr(cell.model), repr(cell.data), cell.seed))
+    return sorted(waiting, key=lambda cell: (repr(cell.model), -cell.data.seed, repr(cell.data), cell.seed))
 
 
 def run(cells: Sequence[Cell], run: RunConfig, jobs: int, console: Console) -> None:
