@@ -110,7 +110,7 @@ def test_tables_and_heat_maps_are_written(session: Any, tmp_path: Path) -> None:
     found, _ = run(session, "gauss_newton", "output_mse")
     paths = report.write(found, "a|model on text", tmp_path)
     assert all(path.exists() for path in paths)
-    assert {path.suffix for path in paths} == {".csv", ".md", ".png", ".svg"}
+    assert {path.suffix for path in paths} == {".csv", ".md", ".png", ".svg", ".pdf"}
     text = (tmp_path / "tables/agreement_a-model.md").read_text()
     assert r"a\|model" in text
     assert "gauss\\_newton Ω" in text
