@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize parity claims home-ground wandb-sync dashboard lint format clean
+.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize parity claims audit home-ground wandb-sync dashboard lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ parity: $(READY) ## Our methods beside the libraries that made them known, each 
 
 claims: $(READY) ## The survey's claims put to the test: runs what is missing; one of them: make claims ARGS="claim=C46"
 	@$(BIN)/python -m harness.claims $(ARGS)
+
+audit: $(READY) ## The survey's sentences about toolchains, put to the packages as published, version by version
+	@$(BIN)/python -m harness.audit $(ARGS)
 
 home-ground: $(READY) ## HAWQ where it comes from: a small CNN and a small bidirectional encoder
 	@$(BIN)/python -m harness.home_ground $(ARGS)

@@ -105,7 +105,10 @@ def judged(cases: Sequence[Case], rule: Rule) -> list[Case]:
 
 
 def of_part(cases: Sequence[Case], share: float) -> str:
-    """The verdict of a part from those of its cases: none where a case has not been run."""
+    """The verdict of a part from those of its cases: none where a case has not been run.
+
+    Facts of which some support and some refute make a part partly right; tests that do, leave it open.
+    """
     counts = Counter(case.verdict for case in cases)
     if counts[NOT_RUN] or not cases:
         return NOT_RUN
@@ -114,6 +117,8 @@ def of_part(cases: Sequence[Case], share: float) -> str:
         return SUPPORTED
     if counts[REFUTED] >= enough and not counts[SUPPORTED]:
         return REFUTED
+    if counts[SUPPORTED] and counts[REFUTED] and all(case.low == case.high for case in cases):
+        return PARTLY
     return INCONCLUSIVE
 
 
@@ -126,4 +131,4 @@ def of_claim(parts: Sequence[str]) -> str:
         return NOT_RUN
     if len(told) == 1:
         return told.pop()
-    return PARTLY if SUPPORTED in told else INCONCLUSIVE
+    return PARTLY if told & {SUPPORTED, PARTLY} else INCONCLUSIVE

@@ -78,7 +78,13 @@ def test_correction_runs_over_all_parts_of_a_claim() -> None:
     ],
 )
 def test_two_thirds_of_the_cases_decide_a_part_unless_one_opposes(cases: list[str], told: str) -> None:
-    assert verdicts.of_part([Case("", verdict=verdict) for verdict in cases], 2 / 3) == told
+    assert verdicts.of_part([Case("", 0.0, -1.0, 1.0, verdict=verdict) for verdict in cases], 2 / 3) == told
+
+
+def test_facts_that_disagree_make_a_part_partly_right() -> None:
+    facts = [Case("", 1.0, 1.0, 1.0, verdict=SUPPORTED), Case("", 0.0, 0.0, 0.0, verdict=REFUTED)]
+    assert verdicts.of_part(facts, 1.0) == PARTLY
+    assert verdicts.of_claim([PARTLY]) == verdicts.of_claim([PARTLY, REFUTED]) == PARTLY
 
 
 @pytest.mark.parametrize(

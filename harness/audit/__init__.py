@@ -1,0 +1,1 @@
+"""What the survey says of toolchains, put to the packages as they were published."""

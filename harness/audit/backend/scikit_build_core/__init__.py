@@ -1,0 +1,1 @@
+"""Stands before scikit-build-core while pip downloads an sdist; see pkg_info."""

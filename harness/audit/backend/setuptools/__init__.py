@@ -1,0 +1,1 @@
+"""Stands before setuptools while pip downloads an sdist; see pkg_info."""
