@@ -11,9 +11,9 @@ from harness.report.plots import forest
 
 
 def write(cases: pd.DataFrame, folder: Path) -> list[Path]:
-    """`ID` as PNG, SVG and PDF for every claim with at least one test that was run."""
+    """`ID.svg` for every claim with at least one test that was run."""
     paths: list[Path] = []
     for key, rows in cases.groupby("id", sort=False):
         if rows["effect"].notna().any():
-            paths += save(forest(rows, str(key)), folder / str(key))
+            paths += save(forest(rows, str(key)), folder / str(key), ["svg"])
     return paths

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from harness.claims.analysis import Analysis
 from harness.claims.ledger import Claim
-from harness.claims.verdicts import NOT_RUN, VERDICTS, Case
+from harness.claims.verdicts import NOT_RUN, PARTLY, SUPPORTED, VERDICTS, Case
 from harness.records import write_atomically
 from harness.report.tables import markdown_text
 
@@ -106,7 +106,8 @@ def reason(verdict: Verdict) -> str:
     for finding in verdict.findings:
         missing = next((case.missing for case in finding.cases if case.missing), "")
         counts = Counter(case.verdict for case in finding.cases)
-        share = f" ({counts[finding.verdict]} of {len(finding.cases)})" if len(finding.cases) > 1 else ""
+        agreeing = counts[SUPPORTED if finding.verdict == PARTLY else finding.verdict]
+        share = f" ({agreeing} of {len(finding.cases)})" if len(finding.cases) > 1 else ""
         why = f": {missing}" if finding.verdict == NOT_RUN and missing != NOT_RUN else ""
         told.append(f"{finding.part.says}: {finding.verdict}{share}{why}")
     return "; ".join(told)

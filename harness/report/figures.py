@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,16 @@ def write(frame: pd.DataFrame, folder: Path, prefix: str = "") -> list[Path]:
     return paths
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write the figure in all formats; return the paths."""
+def save(figure: Figure, stem: Path, kinds: Iterable[str] = tuple(FORMATS)) -> list[Path]:
+    """Write the figure in these formats; return the paths."""
     paths = []
     with matplotlib.rc_context(style.FIGURE):
         figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, so that the formats agree
-    for kind, metadata in FORMATS.items():
+    for kind in kinds:
         buffer = io.BytesIO()
         with matplotlib.rc_context(style.FIGURE):
-            figure.savefig(buffer, format=kind, metadata=metadata)
+            figure.savefig(buffer, format=kind, metadata=FORMATS[kind])
         path = stem.with_name(f"{stem.name}.{kind}")
         write_atomically(path, buffer.getvalue())
         paths.append(path)

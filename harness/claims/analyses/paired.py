@@ -57,8 +57,7 @@ class Paired(Analysis):
         effect = crossed_bootstrap(differences)
         seeds, windows = differences.shape
         test = f"paired bootstrap, {seeds} calibration text{'s' if seeds > 1 else ''} × {windows} windows"
-        one_sided = SIDE in map(abs, self.rule.supported)  # equivalence is decided by the interval alone
-        p = effect.p if one_sided else None
+        p = effect.p if 0.0 in self.rule.supported else None  # a margin is decided by the interval alone
         return Case(name, effect.value, effect.low, effect.high, UNIT, p, test)
 
 
