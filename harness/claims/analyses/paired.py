@@ -62,5 +62,6 @@ class Paired(Analysis):
 
 
 def label(point: Overrides) -> str:
-    """A point of a grid as people read it: values alone."""
-    return " ".join(part.split("=", 1)[1] for part in point)
+    """A point of a grid as people read it: choices by value, options by their last name and value."""
+    parts = [part.split("=", 1) for part in point]
+    return ", ".join(f"{name.rsplit('.', 1)[1]} {value}" if "." in name else value for name, value in parts)
