@@ -100,7 +100,7 @@ def _compute(claims: dict[str, Claim], evidence: Evidence, settings: RunConfig, 
     parts = [p for claim in claims.values() for p in claim.parts if p.scale == "cpu" or config.scale == "gpu"]
     began = time.perf_counter()
     with console.status("which cells are missing?"):
-        cells = runner.lacking(evidence, (need for p in parts for need in p.needs(evidence)), evidence.store)
+        cells = runner.lacking(evidence, (need for p in parts for need in p.needs()), evidence.store)
     if any(p.uses_study for p in parts) and evidence.study.read() is None:
         with console.status("sensitivity metrics on the base model"):
             evidence.study.run(settings)

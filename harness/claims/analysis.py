@@ -1,19 +1,18 @@
 """Analyses: the few ways in which the ledger tests claims. Each is a frozen dataclass whose fields are its options in
-`conf/claims`; `@analysis("name")` registers it.
+`conf/claims`; `@ANALYSES.register("name")` registers it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from harness.claims.evidence import Evidence, Overrides
 from harness.claims.verdicts import Case, Region, Rule
+from methods.base import Registry
 
-T = TypeVar("T", bound="Analysis")
-ANALYSES: dict[str, type[Analysis]] = {}
 SIDE = float("inf")
 
 
@@ -25,8 +24,9 @@ class Analysis(ABC):
         says: the part of the claim that is tested, in a few words.
         scale: `cpu` for what the embedded model can decide, `gpu` for what needs larger models: the same cells with
             another model, left out until they are asked for.
-        supported, refuted, floor, share: see `harness.claims.verdicts.Rule`; by default those of the analysis. Who
-            names a region that supports, and none that refutes, means the opposite of the former.
+        supported, refuted, floor: see `harness.claims.verdicts.Rule`; by default those of the analysis. Who names a
+            region that supports, and none that refutes, means the opposite of the former.
+        share: see `harness.claims.verdicts.of_part`.
     """
 
     says: str
@@ -36,6 +36,8 @@ class Analysis(ABC):
     floor: float | None = None
     share: float = 2 / 3
 
+    name: ClassVar[str]
+    """Set by the registry."""
     default: ClassVar[Rule] = Rule((-SIDE, 0.0), (0.0, SIDE))
 
     @property
@@ -43,7 +45,7 @@ class Analysis(ABC):
         """Whether it looks at `Evidence.study`."""
         return False
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         """The cells that `cases` looks at, as overrides of the base configuration."""
         return ()
 
@@ -58,7 +60,7 @@ class Analysis(ABC):
         if self.supported:
             chosen = Rule(_region(self.supported), _region(self.refuted) if self.refuted else None)
         floor = chosen.floor if self.floor is None else self.floor
-        return replace(chosen, share=self.share, floor=floor)
+        return replace(chosen, floor=floor)
 
 
 def _region(ends: tuple[float, ...]) -> Region:
@@ -67,13 +69,4 @@ def _region(ends: tuple[float, ...]) -> Region:
     return ends[0], ends[1]
 
 
-def analysis(name: str) -> Callable[[type[T]], type[T]]:
-    """Register an analysis under the name by which the ledger asks for it."""
-
-    def decorate(cls: type[T]) -> type[T]:
-        if name in ANALYSES:
-            raise ValueError(f"two analyses are called {name!r}")
-        ANALYSES[name] = cls
-        return cls
-
-    return decorate
+ANALYSES: Registry[Analysis] = Registry("analysis", "harness.claims.analyses")

@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from harness.claims.analyses import discover
 from harness.claims.analysis import ANALYSES, Analysis
 from harness.config import build
 from methods.base import hint
@@ -52,7 +51,6 @@ def load(folder: Path = FOLDER) -> dict[str, Claim]:
     Raises:
         ValueError: an entry is incomplete, has an unknown option, or an id twice; one sentence names it.
     """
-    discover()
     claims: dict[str, Claim] = {}
     for path in sorted(folder.glob("*.yaml")):
         entries = OmegaConf.to_container(OmegaConf.load(path))
@@ -94,7 +92,7 @@ def _claim(key: str, entry: dict[str, Any]) -> Claim:
 
 def _part(where: str, entry: dict[str, Any]) -> Analysis:
     name = str(entry.pop("analysis", ""))
-    if name not in ANALYSES:
+    if name not in ANALYSES.complete():
         raise ValueError(f"{where}: unknown analysis {name!r}: {hint(name, ANALYSES)}")
     part = build(ANALYSES[name], entry, where)
     if part.scale not in SCALES:

@@ -15,13 +15,14 @@ from rich.table import Table
 
 from harness.claims.analysis import Analysis
 from harness.claims.ledger import Claim
-from harness.claims.verdicts import NOT_RUN, PARTLY, SUPPORTED, VERDICTS, Case
+from harness.claims.verdicts import NOT_RUN, PARTLY, SUPPORTED, VERDICTS, Case, Region
 from harness.records import write_atomically
 from harness.report.tables import markdown_text
 
 LEGEND = (
-    "Each claim of the survey has a hypothesis, tests and a rule fixed before anything was measured "
-    "(`conf/claims`). A test supports its claim where its 95 % interval lies inside the region of the rule, its "
+    "Each claim of the survey has a hypothesis, a rule in words, and tests with regions (`conf/claims`), of which "
+    "the regions decide; where they were mended after results had been seen, the note of the claim says so. "
+    "A test supports its claim where its 95 % interval lies inside the region of the rule, its "
     "p-value stays below 0.05 after Holm's correction over the tests of the claim, and the effect is large enough; "
     "it refutes it where the interval lies in the opposite region; between them it is inconclusive. Statements hold "
     "for the model, text and formats tested, not for larger models: what needs those is marked not run."
@@ -139,6 +140,7 @@ def _section(verdict: Verdict) -> str:
         f"Rule: {_text(claim.rule)}",
         f"Verdict: **{verdict.verdict}**" + (f" ({_text(claim.untestable)})" if claim.untestable else ""),
     ]
+    lines += [f"- {_text(finding.part.says)}: {_text(applied(finding.part))}" for finding in verdict.findings]
     table = _cases_table(verdict.findings)
     return "\n\n".join(line for line in (*lines, table, _text(claim.note)) if line)
 
@@ -159,6 +161,20 @@ def _cases_table(findings: Sequence[Finding]) -> str:
         for case in finding.cases
     ]
     return pd.DataFrame(table).to_markdown(index=False, disable_numparse=True)
+
+
+def applied(part: Analysis) -> str:
+    """The rule that decided a part, in words."""
+    rule = part.rule
+    least = f" and at least {rule.floor:g} from 0" if rule.floor else ""
+    opposed = "outside of it" if rule.refuted is None else f"within {_region(rule.refuted)}"
+    return (
+        f"{part.name}; supports within {_region(rule.supported)}{least}, refutes {opposed}; {part.share:.0%} of cases"
+    )
+
+
+def _region(region: Region) -> str:
+    return f"{region[0]:g} to {region[1]:g}".replace("-inf", "−∞").replace("inf", "∞").replace("-", "−")
 
 
 def effect(case: Case) -> str:

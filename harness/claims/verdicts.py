@@ -30,13 +30,11 @@ class Rule:
         supported: the interval must lie inside, and its p-value, if it has one, below 0.05 after correction.
         refuted: the interval must lie inside; by default it must not meet the region that supports.
         floor: least absolute effect that supports.
-        share: of the cases that must support, while none refutes; and of those that must refute, while none supports.
     """
 
     supported: Region
     refuted: Region | None = None
     floor: float = 0.0
-    share: float = 2 / 3
 
     def judge(self, case: Case) -> str:
         """The verdict of one case."""
@@ -106,6 +104,8 @@ def judged(cases: Sequence[Case], rule: Rule) -> list[Case]:
 
 def of_part(cases: Sequence[Case], share: float) -> str:
     """The verdict of a part from those of its cases: none where a case has not been run.
+
+    The share of the cases must support, while none refutes; or refute, while none supports.
 
     Facts of which some support and some refute make a part partly right; tests that do, leave it open.
     """

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from harness.claims.analyses.paired import label
-from harness.claims.analysis import SIDE, Analysis, analysis
+from harness.claims.analysis import ANALYSES, SIDE, Analysis
 from harness.claims.evidence import Evidence, Missing, Overrides, grid, seeded
 from harness.claims.statistics import CHUNK, RESAMPLES, Floats, from_resamples
 from harness.claims.verdicts import Case, Rule
@@ -42,7 +42,7 @@ class AmongRandom(Analysis):
         if self.plans < 2:
             raise ValueError(f"plans={self.plans} shows no distribution; take 20 or more")
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         for point in grid(self.over):
             for cell in (self._cell(point, self.guided), *self._plans(point)):
                 yield from seeded(cell, 1)
@@ -59,7 +59,7 @@ class AmongRandom(Analysis):
         return guided, np.array([evidence.nll(plan)[0] for plan in self._plans(point)])
 
 
-@analysis("percentile")
+@ANALYSES.register("percentile")
 @dataclass(frozen=True, kw_only=True)
 class Percentile(AmongRandom):
     """The share of random plans that lose more than the guided one, with the exact interval of Clopper and Pearson
@@ -88,7 +88,7 @@ class Percentile(AmongRandom):
         )
 
 
-@analysis("gap_closed")
+@ANALYSES.register("gap_closed")
 @dataclass(frozen=True, kw_only=True)
 class GapClosed(AmongRandom):
     """How much of the way from the median random plan to the oracle's the guided plan goes: 0 is chance, 1 the oracle.
@@ -104,8 +104,8 @@ class GapClosed(AmongRandom):
 
     default: ClassVar[Rule] = Rule((0.0, SIDE))
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:
-        yield from super().needs(evidence)
+    def needs(self) -> Iterable[Overrides]:
+        yield from super().needs()
         for point in grid(self.over):
             yield from seeded(self._cell(point, self.oracle), 1)
 

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.stats import linregress, t
 
 from harness.claims.analyses.paired import label
-from harness.claims.analysis import SIDE, Analysis, analysis
+from harness.claims.analysis import ANALYSES, SIDE, Analysis
 from harness.claims.evidence import Evidence, Missing, Overrides, grid, seeded
 from harness.claims.statistics import Floats
 from harness.claims.verdicts import Case, Rule
@@ -60,11 +60,11 @@ class Benchmark(Analysis):
         try:
             return [self.compare(evidence)]
         except Missing as reason:
-            return [Case(self.name, missing=str(reason))]
+            return [Case(self.title, missing=str(reason))]
 
     @property
     @abstractmethod
-    def name(self) -> str:
+    def title(self) -> str:
         """Of the case."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Benchmark(Analysis):
         """The case. May raise Missing."""
 
 
-@analysis("slope")
+@ANALYSES.register("slope")
 @dataclass(frozen=True, kw_only=True)
 class Slope(Benchmark):
     """The exponent with which a cost, or the ratio of two, grows with the number of parameters: the slope of a
@@ -91,7 +91,7 @@ class Slope(Benchmark):
     default: ClassVar[Rule] = Rule((0.0, SIDE))
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         ratio = f" / {self.second}" if self.second else ""
         return f"{self.first}{ratio}, {self.length} tokens"
 
@@ -100,13 +100,13 @@ class Slope(Benchmark):
         if self.second:
             costs = (costs / self.measured(evidence, self.second)[self.what]).dropna()
         if len(costs) < LEAST:
-            raise Missing(f"{self.name}: {len(costs)} sizes were measured, and a slope needs {LEAST}")
+            raise Missing(f"{self.title}: {len(costs)} sizes were measured, and a slope needs {LEAST}")
         slope, low, high = exponent(costs.index.to_numpy(float), costs.to_numpy(float))
         test = f"log–log regression of {WHAT[self.what]}, {len(costs)} sizes up to {costs.index.max() / 1e6:.0f}M"
-        return Case(self.name, slope, low, high, "exponent", test=test)
+        return Case(self.title, slope, low, high, "exponent", test=test)
 
 
-@analysis("cost_ratio")
+@ANALYSES.register("cost_ratio")
 @dataclass(frozen=True, kw_only=True)
 class CostRatio(Benchmark):
     """What `first` costs in multiples of `second`, at the largest size at which both were measured.
@@ -124,14 +124,14 @@ class CostRatio(Benchmark):
     default: ClassVar[Rule] = Rule((3.0, SIDE), (0.0, 1.0))
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         return f"{self.first} / {self.second}, {self.length} tokens"
 
     def compare(self, evidence: Evidence) -> Case:
         first, second = (self.measured(evidence, row) for row in (self.first, self.second))
         common = first.index.intersection(second.index)
         if common.empty:
-            raise Missing(f"{self.name}: no size at which both were measured")
+            raise Missing(f"{self.title}: no size at which both were measured")
         mine, other = first.loc[common.max()], second.loc[common.max()]
         value = float(mine[self.what] / other[self.what])
         low, high, test = value, value, f"{WHAT[self.what]} at {common.max() / 1e6:.0f}M parameters"
@@ -139,10 +139,10 @@ class CostRatio(Benchmark):
             low = float(mine["seconds_low"] / other["seconds_high"])
             high = float(mine["seconds_high"] / other["seconds_low"])
             test += f", range of {mine['repeats']:.0f} and {other['repeats']:.0f} repeats"
-        return Case(self.name, value, low, high, "×", test=test)
+        return Case(self.title, value, low, high, "×", test=test)
 
 
-@analysis("cell_cost")
+@ANALYSES.register("cell_cost")
 @dataclass(frozen=True, kw_only=True)
 class CellCost(Analysis):
     """Seconds that `first` takes to quantize, in multiples of `second`: the geometric mean over calibration texts, with
@@ -165,7 +165,7 @@ class CellCost(Analysis):
         if self.seeds < 2:
             raise ValueError(f"seeds={self.seeds} gives no interval; take 2 or more")
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         for point in grid(self.over):
             for side in (self.first, self.second):
                 yield from seeded((*point, *grid(side)[0]), self.seeds)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from harness.claims.analyses.paired import FLOOR, UNIT, label
-from harness.claims.analysis import SIDE, Analysis, analysis
+from harness.claims.analysis import ANALYSES, SIDE, Analysis
 from harness.claims.evidence import Evidence, Missing, Overrides, grid, seeded
 from harness.claims.statistics import Floats, crossed_bootstrap
 from harness.claims.verdicts import Case, Rule
@@ -48,7 +48,7 @@ class Curve(Analysis):
         """Differences of the loss [seeds, windows], and at which bits, in words. May raise Missing."""
 
 
-@analysis("area")
+@ANALYSES.register("area")
 @dataclass(frozen=True, kw_only=True)
 class Area(Curve):
     """The mean vertical distance of two curves of loss against stored bits, `first` minus `second`.
@@ -65,7 +65,7 @@ class Area(Curve):
     second: str
     budgets: str = "budget=b2.5,b3,b3.5,b4"
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         for point in grid(self.over):
             for side in (self.first, self.second):
                 for one in self._curve(point, side):
@@ -85,7 +85,7 @@ class Area(Curve):
         return np.array(rows), f"mean over {low:.2f} to {high:.2f} bits"
 
 
-@analysis("chord")
+@ANALYSES.register("chord")
 @dataclass(frozen=True, kw_only=True)
 class Chord(Curve):
     """The loss of `first` minus that of the straight line between two others, at the bits that the first stores.
@@ -102,7 +102,7 @@ class Chord(Curve):
     low: str
     high: str
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         for point in grid(self.over):
             for side in (self.first, self.low, self.high):
                 yield from seeded((*point, *grid(side)[0]), self.seeds)

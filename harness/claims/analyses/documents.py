@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import pandas as pd
 
-from harness.claims.analysis import Analysis, analysis
+from harness.claims.analysis import ANALYSES, Analysis
 from harness.claims.evidence import Evidence, Missing
 from harness.claims.verdicts import Case, Rule
 
-YES_OR_NO = Rule((1.0, 1.0), (0.0, 0.0), share=1.0)
+YES_OR_NO = Rule((1.0, 1.0), (0.0, 0.0))
 UNIT = "(1: agrees)"
 
 
@@ -29,7 +29,7 @@ class Fact:
     agrees: bool
 
 
-@analysis("documented")
+@ANALYSES.register("documented")
 @dataclass(frozen=True, kw_only=True)
 class Documented(Analysis):
     """Facts that were looked up, each with its source, and whether they agree with the survey."""
@@ -42,7 +42,7 @@ class Documented(Analysis):
         return [_exact(f.fact, f.agrees, f.source) for f in self.facts]
 
 
-@analysis("citation")
+@ANALYSES.register("citation")
 @dataclass(frozen=True, kw_only=True)
 class Citation(Analysis):
     """What the survey says of a paper, beside `results/bibliography.csv`.
@@ -69,7 +69,7 @@ class Citation(Analysis):
         ]
 
 
-@analysis("published")
+@ANALYSES.register("published")
 @dataclass(frozen=True, kw_only=True)
 class Published(Analysis):
     """How many figures of `results/reported.csv` belong to some methods, as a share of those of some papers.
@@ -82,7 +82,7 @@ class Published(Analysis):
     methods: str = ".*"
     models: str = ".*"
 
-    default: ClassVar[Rule] = Rule((1e-9, 1.0), (0.0, 0.0), share=1.0)
+    default: ClassVar[Rule] = Rule((1e-9, 1.0), (0.0, 0.0))
 
     def cases(self, evidence: Evidence) -> list[Case]:
         return [self._case(evidence.reported, pattern) for pattern in self.papers]
@@ -96,7 +96,7 @@ class Published(Analysis):
         return Case(name, share, share, share, f"of {len(rows)} figures", test="count in results/reported.csv")
 
 
-@analysis("audit")
+@ANALYSES.register("audit")
 @dataclass(frozen=True, kw_only=True)
 class Audit(Analysis):
     """What an inspection of the tools' packages found: `tables/toolchain_audit.csv`, made by `make audit`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from harness.claims.analysis import Analysis, analysis
+from harness.claims.analysis import ANALYSES, Analysis
 from harness.claims.checks import fallback, formats, hawq_v3, rounding  # noqa: F401 - they register checks
 from harness.claims.checks.base import CHECKS
 from harness.claims.evidence import Evidence, Missing
@@ -12,7 +12,7 @@ from harness.claims.verdicts import Case, Rule
 from methods.base import hint
 
 
-@analysis("exact")
+@ANALYSES.register("exact")
 @dataclass(frozen=True, kw_only=True)
 class Exact(Analysis):
     """What a check finds, judged by its own rule where the ledger gives none.
@@ -36,7 +36,7 @@ class Exact(Analysis):
         if self.supported:
             return super().rule
         own = CHECKS[self.check].rule
-        return replace(own, share=self.share, floor=own.floor if self.floor is None else self.floor)
+        return own if self.floor is None else replace(own, floor=self.floor)
 
     def cases(self, evidence: Evidence) -> list[Case]:
         try:

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from harness.claims import ranks
-from harness.claims.analysis import Analysis, analysis
+from harness.claims.analysis import ANALYSES, Analysis
 from harness.claims.evidence import Evidence, Missing
 from harness.claims.scores import scores
 from harness.claims.statistics import CHUNK, RESAMPLES, Floats
@@ -20,7 +20,7 @@ from harness.claims.verdicts import Case, Rule
 Chosen = NDArray[np.bool_]
 
 
-@analysis("jaccard")
+@ANALYSES.register("jaccard")
 @dataclass(frozen=True, kw_only=True)
 class Jaccard(Analysis):
     """|A ∩ B| / |A ∪ B| of the sets of linears that get the wide format, and a bootstrap interval over linears.

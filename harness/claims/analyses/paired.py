@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.claims.analysis import SIDE, Analysis, analysis
+from harness.claims.analysis import ANALYSES, SIDE, Analysis
 from harness.claims.evidence import Evidence, Missing, Overrides, grid, seeded
 from harness.claims.statistics import crossed_bootstrap
 from harness.claims.verdicts import Case, Rule
@@ -16,7 +16,7 @@ FLOOR = 0.005
 """Half a per cent of perplexity: what is smaller has no practical meaning here."""
 
 
-@analysis("paired")
+@ANALYSES.register("paired")
 @dataclass(frozen=True, kw_only=True)
 class Paired(Analysis):
     """The difference in mean negative log-likelihood, `first` minus `second`, at each point of `over`.
@@ -37,7 +37,7 @@ class Paired(Analysis):
 
     default: ClassVar[Rule] = Rule((-SIDE, 0.0), (-FLOOR, SIDE), FLOOR)
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         for _, first, second in self._pairs():
             yield from (*seeded(first, self.seeds), *seeded(second, self.seeds))
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from harness.claims import ranks
-from harness.claims.analysis import SIDE, Analysis, analysis
+from harness.claims.analysis import ANALYSES, SIDE, Analysis
 from harness.claims.evidence import Evidence, Missing
 from harness.claims.scores import FORMATS, TRUTH, errors, scores, types
 from harness.claims.statistics import RESAMPLES, Floats, from_resamples
@@ -72,7 +72,7 @@ class Ranked(Analysis):
         return f"{len(strata)} linears{within}{given}, {RESAMPLES:,} resamples"
 
 
-@analysis("rank")
+@ANALYSES.register("rank")
 @dataclass(frozen=True, kw_only=True)
 class Rank(Ranked):
     """Spearman's ρ between a score and the measured loss, a bootstrap interval over linears and a permutation test.
@@ -108,7 +108,7 @@ class Rank(Ranked):
         return f"; noise ceiling over all linears {highest:.2f}"
 
 
-@analysis("rank_difference")
+@ANALYSES.register("rank_difference")
 @dataclass(frozen=True, kw_only=True)
 class RankDifference(Ranked):
     """Spearman's ρ of `first` minus that of `second` on the same linears, with a bootstrap interval.

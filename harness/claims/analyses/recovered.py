@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from harness.claims.analyses.allocation import resampled_shares
 from harness.claims.analyses.paired import label
-from harness.claims.analysis import SIDE, Analysis, analysis
+from harness.claims.analysis import ANALYSES, SIDE, Analysis
 from harness.claims.evidence import Evidence, Missing, Overrides, grid, seeded
 from harness.claims.statistics import from_resamples
 from harness.claims.verdicts import Case, Rule
 
 
-@analysis("recovered")
+@ANALYSES.register("recovered")
 @dataclass(frozen=True, kw_only=True)
 class Recovered(Analysis):
     """The share of the gap between `worst` and `best` that `first` wins back, on one calibration text.
@@ -31,7 +31,7 @@ class Recovered(Analysis):
 
     default: ClassVar[Rule] = Rule((0.0, SIDE))
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         for point in grid(self.over):
             for cell in self._cells(point):
                 yield from seeded(cell, 1)

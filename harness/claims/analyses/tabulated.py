@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from harness.claims.analysis import Analysis, analysis
+from harness.claims.analysis import ANALYSES, Analysis
 from harness.claims.evidence import Evidence, Missing
 from harness.claims.verdicts import Case
 
 
-@analysis("tabulated")
+@ANALYSES.register("tabulated")
 @dataclass(frozen=True, kw_only=True)
 class Tabulated(Analysis):
     """Rows of `tables/TABLE.csv`, each a case: a value with the ends of its interval.

@@ -10,13 +10,13 @@ import numpy as np
 from scipy.stats import page_trend_test, rankdata
 
 from harness.claims.analyses.paired import label
-from harness.claims.analysis import Analysis, analysis
+from harness.claims.analysis import ANALYSES, Analysis
 from harness.claims.evidence import Evidence, Missing, Overrides, grid, seeded
 from harness.claims.statistics import Floats, crossed_bootstrap
 from harness.claims.verdicts import Case, Rule
 
 
-@analysis("trend")
+@ANALYSES.register("trend")
 @dataclass(frozen=True, kw_only=True)
 class Trend(Analysis):
     """The mean over test windows of Spearman's ρ between an order and the loss, and Page's trend test (JASA 1963).
@@ -42,7 +42,7 @@ class Trend(Analysis):
                 f"a trend needs three alternatives at least, not {len(self.ordered)}; compare two as paired"
             )
 
-    def needs(self, evidence: Evidence) -> Iterable[Overrides]:  # noqa: ARG002
+    def needs(self) -> Iterable[Overrides]:
         for point in grid(self.over):
             for cell in self._cells(point):
                 yield from seeded(cell, self.seeds)

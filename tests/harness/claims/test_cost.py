@@ -108,7 +108,7 @@ def test_the_cost_of_cells_is_a_geometric_mean(made_up: Callable[..., Any]) -> N
     [case] = part.cases(made_up(results))
     half = t.ppf(0.975, 2) * np.log(2) / np.sqrt(3)
     assert (case.effect, case.low, case.high) == pytest.approx((8, 8 * np.exp(-half), 8 * np.exp(half)))
-    assert len(list(part.needs(made_up()))) == 6
+    assert len(list(part.needs())) == 6
     assert part.cases(made_up())[0].missing == "not run"
     with pytest.raises(ValueError, match="seeds=1"):
         CellCost(says="", first="", second="", over="", seeds=1)

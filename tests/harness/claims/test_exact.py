@@ -189,7 +189,7 @@ def test_the_shipped_order_is_the_reverse_of_descending_traces(
 
 def test_rules_come_from_the_check_unless_the_ledger_has_its_own() -> None:
     assert Exact(says="", check="ilp_golden").rule == Rule((16, 18))
-    assert Exact(says="", check="ilp_golden", share=1.0, floor=0.5).rule == Rule((16, 18), None, 0.5, 1.0)
+    assert Exact(says="", check="ilp_golden", floor=0.5).rule == Rule((16, 18), None, 0.5)
     assert Exact(says="", check="ilp_golden", supported=(18.0, 18.0)).rule.supported == (18, 18)
     with pytest.raises(ValueError, match="unknown check 'dyadc': did you mean dyadic"):
         Exact(says="", check="dyadc")

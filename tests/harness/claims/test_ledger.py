@@ -69,7 +69,7 @@ def test_the_ledger_has_every_claim_and_every_slip() -> None:
 
 
 def test_every_cell_of_the_ledger_can_be_composed(evidence: Evidence) -> None:
-    needs = {need for claim in ledger.load().values() for part in claim.parts for need in part.needs(evidence)}
+    needs = {need for claim in ledger.load().values() for part in claim.parts for need in part.needs()}
     plain = {tuple(o for o in need if not o.startswith(("budget", "data.seed", "seed"))): need for need in needs}
     for overrides in plain.values():
         evidence.cell(overrides)
@@ -111,7 +111,7 @@ def test_a_grid_is_the_product_of_its_axes() -> None:
 
 def test_missing_cells_are_each_run_once_and_failures_again(tmp_path: Path, evidence: Evidence) -> None:
     (claim,) = entry(tmp_path, WHOLE).values()
-    needs = [need for part in claim.parts for need in part.needs(evidence)] * 2
+    needs = [need for part in claim.parts for need in part.needs()] * 2
     assert len(lacking(evidence, needs, evidence.store)) == 8
     first, second, third = (evidence.cell(need) for need in needs[:3])
     evidence.store.write(make_record(first, DONE, None, result={"nll": [1.0]}))
@@ -190,6 +190,7 @@ def test_the_report_tells_verdicts_reasons_and_escapes(evidence: Evidence) -> No
     page = report.markdown([mixed, never], "made")
     assert "2 entries: 1 partly supported, 1 not testable." in page
     assert "a \\| &lt;b&gt;" in page and "<b>" not in page and "nobody can" in page
+    assert "- part 0: documented; supports within 1 to 1, refutes within 0 to 0; 67% of cases" in page
     rows = report.rows([mixed, never])
     assert rows["verdict"].tolist() == ["partly supported", NOT_TESTABLE]
     assert rows["figure"].tolist() == ["claims/X1", ""]

@@ -54,7 +54,7 @@ def test_the_percentile_counts_plans_that_lose_more(
 
 def test_every_random_plan_is_asked_for(made_up: Callable[..., Any]) -> None:
     part = GapClosed(says="", guided="method=a", random=RANDOM, oracle="method=o", over="budget=b3,b4", plans=3)
-    needs = [" ".join(cell) for cell in part.needs(made_up())]
+    needs = [" ".join(cell) for cell in part.needs()]
     assert len(needs) == 2 * (1 + 3 + 1)
     assert f"budget=b4 {RANDOM} seed=2 data.seed=0" in needs
     assert {"budget=b3 method=o data.seed=0", "budget=b3 method=a data.seed=0"} <= set(needs)
@@ -130,7 +130,7 @@ def test_a_curve_below_another_by_a_constant(made_up: Callable[..., Any]) -> Non
     assert case.verdict == SUPPORTED
     back = Area(says="", first="method=b", second="method=a", budgets=BUDGETS, seeds=2)
     assert judged(back.cases(evidence), back.rule)[0].verdict == REFUTED
-    assert len(list(part.needs(evidence))) == 2 * 3 * 2
+    assert len(list(part.needs())) == 2 * 3 * 2
 
 
 def test_the_mean_between_piecewise_lines_is_their_integral() -> None:
@@ -154,7 +154,7 @@ def test_a_mixture_is_held_against_the_line_between_its_ends(made_up: Callable[.
     assert case.verdict == SUPPORTED
     beyond = made_up(curve({**ends, "mix": ({"b3": 4.5}, {"b3": 0.7})}))
     assert "4.500 bits are not between the 2.000 and 4.000" in part.cases(beyond)[0].missing
-    assert len(list(part.needs(beyond))) == 6
+    assert len(list(part.needs())) == 6
 
 
 def test_agreement_with_an_order_is_spearmans_and_pages() -> None:
@@ -181,6 +181,6 @@ def test_trends(made_up: Callable[..., Any], levels: tuple[float, ...], verdict:
     part = Trend(says="", ordered=("method=a", "method=b", "method=c"), over="budget=b3", seeds=2)
     [case] = judged(part.cases(made_up(results)), part.rule)
     assert case.verdict == verdict
-    assert len(list(part.needs(made_up()))) == 6
+    assert len(list(part.needs())) == 6
     with pytest.raises(ValueError, match="three alternatives"):
         Trend(says="", ordered=("method=a", "method=b"))
