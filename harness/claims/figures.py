@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from harness.report.figures import save
-from harness.report.plots import forest
+from harness.report.forest import forest
 
 
 def write(cases: pd.DataFrame, folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from rich.console import Console
 
 from harness.records import Record, Store
-from harness.report import frame, page, report, report_all, spec, tables, terminal
+from harness.report import frame, page, report, report_all, roofline, spec, tables, terminal
 from harness.report.sources import REPORTED, Material
 from harness.tracking import log_figures
 
@@ -86,6 +86,7 @@ def _write(config: ReportConfig, records: list[Record], console: Console) -> lis
     if config.table:
         return report_all(material, [config.table], Path(config.folder), console)
     paths = report_all(material, spec.names(), Path(config.folder), console)
+    paths += roofline.write(Path(config.measured), Path(config.folder) / "figures")
     return [*paths, page.write(Path(config.folder))]
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.collections import PolyCollection
 from matplotlib.patches import Rectangle
 
-from harness.report import plots, roofline, style
+from harness.report import roofline, style
 from harness.report.forest import forest
 from tests.harness.test_figures import HOSTILE, clashes, look, texts
 
@@ -101,47 +100,6 @@ def test_a_forest_plot_refuses_nonsense(change: dict[str, object], message: str)
         forest(cases(1).drop(columns="effect"), "title")
     with pytest.raises(ValueError, match="has no cases"):
         forest(cases(1).iloc[:0], "title")
-
-
-def test_a_scatter_plot_tells_rank_correlations_and_covers_nothing() -> None:
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=40)
-    table = pd.DataFrame({"x": x, "y": x**3, "label": [f"layer {i}" for i in range(40)], "series": ["q", "k"] * 20})
-    table.loc[table["series"] == "k", "y"] *= -1
-    table.loc[len(table)] = [math.nan, 1.0, "lost", "q"]
-    figure = plots.scatter(table, "title", xlabel="score", ylabel="loss", xscale="symlog")
-    assert clashes(figure) == []
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"q (ρ = 1.00)", "k (ρ = -1.00)"}
-    (axis,) = figure.axes
-    assert sorted(x for line in axis.lines for x in line.get_xdata()) == pytest.approx(sorted(table["x"].dropna()))
-    ranks = table.dropna().rank(numeric_only=True)
-    rho = np.corrcoef(ranks["x"], ranks["y"])[0, 1]
-    told = figure._supxlabel.get_text()
-    assert f"ρ = {rho:.2f} over 40 points; 1 without a value" in told
-    assert len([text for text in axis.texts if text.get_text().startswith("layer")]) > 10
-    with pytest.raises(ValueError, match="no point with both values"):
-        plots.scatter(table.iloc[-1:], "title", xlabel="", ylabel="")
-    with pytest.raises(ValueError, match="lacks series"):
-        plots.scatter(table.drop(columns="series"), "title", xlabel="", ylabel="")
-
-
-def test_curves_have_bands_and_the_colors_of_methods() -> None:
-    rows = [
-        (x, f * x, f * x * 0.9, f * x * 1.2, name) for name, f in (("gptq", 1), ("fp16", 2), ("", 3)) for x in (3, 1, 2)
-    ]
-    table = pd.DataFrame(rows, columns=["x", "y", "low", "high", "series"])
-    figure = plots.curves(table, "title", xlabel="bits", ylabel="loss", xscale="log", yscale="log")
-    assert clashes(figure) == []
-    (axis,) = figure.axes
-    lines = {line.get_label(): line for line in axis.lines}
-    assert lines["gptq"].get_xydata() == pytest.approx(np.array([[1, 1], [2, 2], [3, 3]]))
-    assert lines["gptq"].get_color() == style.looks({"gptq": "gptq"})["gptq"].color
-    assert lines["fp16"].get_color() == style.INK
-    bands = [band for band in axis.collections if isinstance(band, PolyCollection)]
-    tops = sorted(band.get_paths()[0].vertices[:, 1].max() for band in bands)
-    assert tops == pytest.approx([3.6, 7.2, 10.8])
-    with pytest.raises(ValueError, match="lacks low"):
-        plots.curves(table.drop(columns="low"), "title", xlabel="", ylabel="")
 
 
 def kernels() -> pd.DataFrame:
