@@ -101,11 +101,9 @@ def _compute(claims: dict[str, Claim], evidence: Evidence, settings: RunConfig, 
     began = time.perf_counter()
     with console.status("which cells are missing?"):
         cells = runner.lacking(evidence, (need for p in parts for need in p.needs()), evidence.store)
-    if any(p.uses_study for p in parts) and evidence.study.read() is None:
-        with console.status("sensitivity metrics on the base model"):
-            evidence.study.run(settings)
-    console.print(f"{len(cells)} cells to run")
-    runner.run(cells, settings, config.jobs, console)
+    studies = [evidence.study.run] if any(p.uses_study for p in parts) and evidence.study.read() is None else []
+    console.print(f"{len(cells)} cells to run" + (", and every sensitivity metric on the base model" * len(studies)))
+    runner.run(cells, settings, config.jobs, console, studies)
     console.print(f"took {(time.perf_counter() - began) / 60:.1f} minutes")
 
 

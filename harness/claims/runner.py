@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -30,9 +30,19 @@ def lacking(evidence: Evidence, needs: Iterable[Overrides], store: Store) -> lis
     return sorted(waiting, key=lambda cell: (repr(cell.model), -cell.data.seed, repr(cell.data), cell.seed))
 
 
-def run(cells: Sequence[Cell], run: RunConfig, jobs: int, console: Console) -> None:
-    """Compute the cells in `jobs` worker processes, each with its share of the cores. Failures are records, too."""
+def run(
+    cells: Sequence[Cell],
+    run: RunConfig,
+    jobs: int,
+    console: Console,
+    beside: Sequence[Callable[[RunConfig], None]] = (),
+) -> None:
+    """Compute the cells in `jobs` worker processes, each with its share of the cores. Failures are records, too.
+
+    Tasks `beside` run in this process, begin first and take the place of a job each.
+    """
     share = replace(run, threads=run.threads or max(1, torch.get_num_threads() // jobs))
+    torch.set_num_threads(share.threads)
     own, workers, done = threading.local(), [], itertools.count(1)
 
     def one(cell: Cell) -> None:
@@ -45,8 +55,11 @@ def run(cells: Sequence[Cell], run: RunConfig, jobs: int, console: Console) -> N
 
     try:
         with ThreadPoolExecutor(jobs) as pool:
+            others = [pool.submit(task, share) for task in beside]
             for _ in pool.map(one, cells):
                 pass
+            for other in others:
+                other.result()
     finally:
         for worker in workers:
             worker.close()
