@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from harness.config import RunConfig
 
 
 @pytest.fixture(autouse=True)
-def restored_threads() -> object:
+def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
