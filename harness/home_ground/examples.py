@@ -1,5 +1,5 @@
-"""Two classification tasks that need no download: handwritten digits, and which file of the standard library a passage
-of 64 tokens comes from.
+"""Two classification tasks that need no download: handwritten digits, and a cloze test, BERT's own pretraining task:
+which of the commonest tokens stands in a gap in the embedded corpus.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch import Tensor
 from harness import corpus
 from harness.train_tiny import END_OF_TEXT, TINY
 
-FILES, PASSAGES = 16, 200  # the longest files, each with the same number of passages
-LENGTH = 64  # tokens of a passage, with the class token that begins it
+FILES = 200  # the longest of the corpus: 2 million tokens
+GAPS = 40_000
+CONTEXT = 8  # tokens on each side of a gap
+CHOICES = 64  # the commonest tokens, each a class
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,21 @@ def digits() -> Examples:
     return shuffled(images, torch.tensor(found.target), {"calibration": 128, "scoring": 192, "test": 600})
 
 
-def passages() -> Examples:
-    """Passages from the longest files of the embedded corpus, int64 [count, length]; the file is the class.
+def cloze() -> Examples:
+    """Gaps where one of the commonest tokens stood, int64 [count, 1 + 2·CONTEXT]: a token that stands for the gap, then
+    what stood before and after it; the missing token is the class. After the masked language model of Devlin et al.
+    (NAACL 2019, section 3.1).
 
     The text differs between Python versions, as the corpus does.
     """
     tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
     documents = sorted(corpus.core_documents(), key=lambda document: len(document.text), reverse=True)[:FILES]
-    generator, rows = torch.Generator().manual_seed(0), []
-    for encoding in tokenizer.encode_batch([document.text for document in documents]):
-        stream = torch.tensor(encoding.ids)
-        cut = stream[: len(stream) // (LENGTH - 1) * (LENGTH - 1)].view(-1, LENGTH - 1)
-        rows.append(cut[torch.randperm(len(cut), generator=generator)[:PASSAGES]])
-    labels = torch.arange(FILES).repeat_interleave(torch.tensor([len(row) for row in rows]))
-    first = torch.full((len(labels), 1), tokenizer.encode(END_OF_TEXT).ids[0])
-    return shuffled(
-        torch.cat([first, torch.cat(rows)], dim=1), labels, {"calibration": 128, "scoring": 256, "test": 480}
-    )
+    stream = torch.cat([torch.tensor(found.ids) for found in tokenizer.encode_batch([d.text for d in documents])])
+    common = torch.bincount(stream, minlength=tokenizer.get_vocab_size()).argsort(descending=True, stable=True)
+    choice = torch.full_like(common, -1).index_copy(0, common[:CHOICES], torch.arange(CHOICES))
+    gaps = CONTEXT + (choice[stream[CONTEXT:-CONTEXT]] >= 0).nonzero().flatten()
+    gaps = gaps[torch.randperm(len(gaps), generator=torch.Generator().manual_seed(0))[:GAPS]]
+    around = torch.cat([torch.arange(-CONTEXT, 0), torch.arange(1, CONTEXT + 1)])
+    mask = torch.full((len(gaps), 1), tokenizer.encode(END_OF_TEXT).ids[0])
+    inputs = torch.cat([mask, stream[gaps.unsqueeze(1) + around]], dim=1)
+    return shuffled(inputs, choice[stream[gaps]], {"calibration": 256, "scoring": 512, "test": 1920})

@@ -17,7 +17,7 @@ from harness.code import code_version
 from harness.home_ground.classifier import Classifier
 from harness.home_ground.cnn import CNN
 from harness.home_ground.encoder import Encoder
-from harness.home_ground.examples import Examples, digits, passages
+from harness.home_ground.examples import Examples, cloze, digits
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Home:
 
 HOMES = {
     "cnn": Home(digits, CNN, Recipe(steps=200, batch=64, peak_lr=5e-3, weight_decay=0.05), group_size=36),
-    "encoder": Home(passages, Encoder, Recipe(steps=300, batch=32, peak_lr=3e-3, weight_decay=0.05), group_size=32),
+    "encoder": Home(cloze, Encoder, Recipe(steps=800, batch=64, peak_lr=3e-3, weight_decay=0.05), group_size=32),
 }
 
 

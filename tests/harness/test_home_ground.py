@@ -1,5 +1,6 @@
 """HAWQ on its home ground: convolutions as linears, folding, curvature against the dense Hessian, and a whole study."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from harness import corpus
 from harness.cache import Cache
+from harness.home_ground import examples as tasks
 from harness.home_ground import ranks, report, scores, table
 from harness.home_ground.__main__ import home
 from harness.home_ground.cnn import CNN, Convolution
 from harness.home_ground.encoder import Encoder
-from harness.home_ground.examples import Examples, digits, shuffled
+from harness.home_ground.examples import Examples, cloze, digits, shuffled
 from harness.home_ground.study import ALLOCATORS, RANDOM, UNIFORM, Outcome, Study, budget_of
 from harness.home_ground.train import HOMES, Recipe, train, trained
+from harness.train_tiny import TINY
 from methods.network import discover
 from methods.sensitivity.base import Subject
 from methods.sensitivity.eigenvalue import TopEigenvalue
@@ -83,6 +88,26 @@ def test_splits_are_disjoint_and_labels_stay_with_their_examples() -> None:
     assert {name: len(rows) for name, rows in found.splits.items()} == {"train": 25, "scoring": 10, "test": 15}
     assert torch.equal(found.inputs % 7, found.labels)
     assert digits().inputs.shape == (1797, 1, 8, 8)
+
+
+def test_a_gap_lacks_one_of_the_commonest_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "FILES", 2)
+    monkeypatch.setattr(tasks, "GAPS", 5000)
+    found, side = cloze(), tasks.CONTEXT
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    texts = sorted((document.text for document in corpus.core_documents()), key=len, reverse=True)[:2]
+    stream = [token for encoding in tokenizer.encode_batch(texts) for token in encoding.ids]
+    common = [token for token, _ in Counter(stream).most_common()]
+    whole = {tuple(stream[i : i + 2 * side + 1]) for i in range(len(stream) - 2 * side)}
+    assert found.inputs.shape == (5000, 1 + 2 * side)
+    assert found.classes == tasks.CHOICES
+    counts = Counter(stream)
+    rare = min(counts[token] for token in common[: tasks.CHOICES])
+    for row, label in zip(found.inputs.tolist()[:50], found.labels.tolist()[:50], strict=True):
+        before, after = tuple(row[1 : 1 + side]), tuple(row[1 + side :])
+        fitting = [token for token in counts if counts[token] >= rare and (*before, token, *after) in whole]
+        assert fitting  # what was taken out is common, and put back it gives a passage of the corpus
+        assert any(counts[token] == counts[common[label]] for token in fitting)
 
 
 def test_attention_looks_both_ways() -> None:
