@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize parity claims audit home-ground wandb-sync dashboard lint format clean
+.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize bench-cpu bench-gpu parity claims audit home-ground wandb-sync dashboard lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -48,10 +48,17 @@ bench-hessian: $(READY) ## Cost of sensitivity metrics against model size, and b
 bench-quantize: $(READY) ## Seconds and memory of every method, and GPTQ beside its textbook form
 	@$(BIN)/python -m harness.bench quantize $(ARGS)
 
+bench-cpu: $(READY) ## CPU kernels beside torch, oneDNN and llama.cpp, against the speed of reading memory
+	@$(BIN)/python -m harness.bench cpu $(ARGS)
+
+bench-gpu: $(READY) ## Kernels and peers on a GPU; needs no more than torch, triton and numpy
+	@$(BIN)/python -m kernels.bench.gpu $(ARGS)
+
 parity: $(READY) ## Our methods beside the libraries that made them known, each in an environment of its own
 	@$(BIN)/python -m harness.parity $(ARGS)
 
 claims: $(READY) ## The survey's claims put to the test: runs what is missing; one of them: make claims ARGS="claim=C46"
+	@$(BIN)/python -m pip install --quiet --constraint .constraints.txt --editable '.[rl]'
 	@$(BIN)/python -m harness.claims $(ARGS)
 
 audit: $(READY) ## The survey's sentences about toolchains, put to the packages as published, version by version

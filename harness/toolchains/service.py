@@ -65,6 +65,7 @@ class ToolRunner:
             "settings": dict(settings),
             "linears": list(self.network.linears),
             "threads": torch.get_num_threads(),
+            "worker": os.getpid(),
         }
         (job / "job.json").write_text(json.dumps(task))
 

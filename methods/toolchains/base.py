@@ -9,14 +9,17 @@ One file a tool. It holds the adapter, and what the tool's own process executes:
 
 `run` gets the full-precision model and may change it; it imports the tool itself. It returns for each linear NAME
 the tensors `NAME/weight` [out, in], what the tool computes with; `NAME/scale` [out, groups]; and `NAME/zero`
-[out, groups], absent for symmetric grids. Nothing of that is believed: the weights must lie on the grid they claim,
-are packed as ours are, and effective bits are counted from that.
+[out, groups], absent for symmetric grids; an adapter may ask for more, such as the width of each linear. Nothing of
+that is believed: the weights must lie on the grid they claim, are packed as ours are, and effective bits are counted
+from that. A tool that counts bits itself may return its count under `EFFECTIVE_BITS`; one that differs from what is
+stored is logged.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +33,12 @@ from methods.budget import Budget
 from methods.formats.integer import Integer, IntegerGrid
 from methods.toolchains.process import Answer
 
+log = logging.getLogger(__name__)
+
+EFFECTIVE_BITS = "claims/effective_bits"
+"""Bits a weight that the tool says its plan takes: a scalar."""
+CLAIM = 0.005
+"""Effective bits by which that may be off."""
 OFF_GRID = 0.1
 """Steps by which a weight may miss its grid: tools compute dequantized weights in 16 bits."""
 
@@ -61,10 +70,10 @@ class Toolchain(UniformMethod):
     def settings(self, budget: Budget) -> dict[str, Any]:
         """What the program is told, as JSON can say it."""
 
-    def inputs(self, network_linears: Sequence[str]) -> dict[str, Inputs]:
-        """What rounds the linears' inputs at run time."""
-        del network_linears
-        return {}
+    def rounding(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Inputs | None:
+        """What rounds the input of one linear at run time, where anything does; the tool's tensors as in `packed`."""
+        del budget, tensors
+        return None
 
     def packed(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Packed:
         """The tool's `weight`, `scale` and `zero` of one linear, in our form."""
@@ -74,11 +83,15 @@ class Toolchain(UniformMethod):
         if ctx.tools is None:
             raise ValueError(f"{self.name} runs in a process of its own, which only the harness can start")
         answer = ctx.tools(type(self).__module__, self.requirements, self.settings(ctx.budget))
-        packed = {name: self._checked(ctx, name, answer) for name in ctx.network.linears}
-        inputs = self.inputs(ctx.network.linears)
+        found = {name: self._checked(ctx, name, answer) for name in ctx.network.linears}
+        packed = {name: self._packed(ctx.budget, name, tensors) for name, tensors in found.items()}
+        _compare(self.name, answer, packed.values())
+        roundings = {name: self.rounding(ctx.budget, tensors) for name, tensors in found.items()}
+        inputs = {name: rounding for name, rounding in roundings.items() if rounding is not None}
         return Quantized(packed, answer.parameters, inputs=inputs, spent=(answer.seconds, answer.peak_bytes))
 
-    def _checked(self, ctx: Context, name: str, answer: Answer) -> Packed:
+    def _checked(self, ctx: Context, name: str, answer: Answer) -> dict[str, Tensor]:
+        """What the tool says of one linear."""
         found = {key.rsplit("/", 1)[1]: t for key, t in answer.tensors.items() if key.rsplit("/", 1)[0] == name}
         weight = found.get("weight")
         if weight is None:
@@ -88,10 +101,24 @@ class Toolchain(UniformMethod):
         for key, tensor in found.items():
             if not torch.isfinite(tensor.float()).all():
                 raise ValueError(f"{self.name} returned NaN or infinity in {name}/{key}")
+        return found
+
+    def _packed(self, budget: Budget, name: str, tensors: Mapping[str, Tensor]) -> Packed:
         try:
-            return self.packed(ctx.budget, found)
+            return self.packed(budget, tensors)
         except ValueError as error:
             raise ValueError(f"{self.name}, {name}: {error}") from error
+
+
+def _compare(name: str, answer: Answer, packed: Iterable[Packed]) -> None:
+    """Log a count of the tool's own that is not what is stored."""
+    if EFFECTIVE_BITS not in answer.tensors:
+        return
+    claimed = float(answer.tensors[EFFECTIVE_BITS])
+    sizes = [(matrix.stored_bits(), matrix.shape[0] * matrix.shape[1]) for matrix in packed]
+    stored = sum(bits for bits, _ in sizes) / sum(weights for _, weights in sizes)
+    if abs(stored - claimed) > CLAIM:
+        log.warning("%s counts %.4f effective bits; what it chose stores %.4f", name, claimed, stored)
 
 
 def on_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, fmt: Integer) -> Packed:

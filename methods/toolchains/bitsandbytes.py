@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,8 +39,9 @@ class ToolInt8(Toolchain):
         del budget
         return {"format": "int8"}
 
-    def inputs(self, network_linears: Sequence[str]) -> dict[str, Inputs]:
-        return {name: ExceptOutliers(TokenScale(integers(8)), THRESHOLD) for name in network_linears}
+    def rounding(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Inputs:
+        del budget, tensors
+        return ExceptOutliers(TokenScale(integers(8)), THRESHOLD)
 
     def packed(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Packed:
         del budget

@@ -1,0 +1,184 @@
+"""What the CPU kernels are worth: each width and form of inputs beside other implementations, and beside the speed at
+which the machine reads memory.
+
+python -m harness.bench cpu
+python -m harness.bench cpu shapes=[[4096,4096]] tokens=[1] rounds=31
+HAWQ_GGML=build/src python -m harness.bench cpu     # beside llama.cpp as well
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+from rich.console import Console
+
+from harness.bench import tables
+from harness.config import part
+from harness.messages import refusing, status
+from harness.records import write_atomically
+from harness.report.tables import markdown_text
+from kernels.bench.cpu_contenders import GROUP, Contender, contenders, task
+from kernels.bench.ggml import library as ggml
+from kernels.bench.rounds import Times, in_turns
+from kernels.cpu.library import load
+from kernels.cpu.pages import moved
+
+console = Console()
+
+LEGEND = (
+    "One product x · Wᵀ a call, in one process, taking turns; each with copies of its weights that together are larger "
+    "than the last cache. Ours: groups of {group}, fp16 scales and packed zeros; A8 rounds inputs to 8 bits by token, "
+    "inside the time; the others get inputs that are rounded already. *ms*: median of {rounds} rounds, and quartiles. "
+    "*GB/s*: stored bytes of the matrix over the median; *of read*: over the speed of reading memory, measured in the "
+    "same rounds. *W4A8 faster*: time over that of W4A8, median over rounds, and its 95 % interval by resampling. "
+    "*Error*: ‖y − exact‖ over ‖exact‖, against float64, before the timing."
+)
+READ = "reading memory"
+BASE = "W4A8"
+SPACE = 2**28
+"""Bytes that are read to measure the speed of it."""
+
+
+@dataclass
+class CpuBench:
+    """What to measure and where to write."""
+
+    shapes: list[list[int]] = field(default_factory=lambda: [[4096, 4096], [4096, 11008], [11008, 4096]])
+    """[out, in]."""
+    tokens: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
+    rounds: int = 15
+    threads: int = 1
+    noise: float = 0.1
+    """Largest distance of quartiles, relative to the median, of the speed of reading memory."""
+    seed: int = 0
+    folder: str = "results"
+    """Gets `tables/`."""
+
+
+DEFAULTS = {
+    "defaults": [
+        "cpu_bench_schema",
+        "_self_",
+        {"override hydra/job_logging": "none"},
+        {"override hydra/hydra_logging": "none"},
+    ],
+    "hydra": {"output_subdir": None, "run": {"dir": "."}},
+}
+_store = ConfigStore.instance()
+_store.store(name="cpu_bench_schema", node=CpuBench)
+_store.store(name="cpu_bench", node=DEFAULTS)
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="cpu_bench")
+@refusing(console)
+def job(config: DictConfig) -> None:
+    """Measure, print, write; exit status 3, and nothing written, where the machine was too noisy."""
+    chosen = part(CpuBench, config, "bench")
+    if load() is None:
+        raise ValueError("there is nothing to measure: the CPU kernels cannot be built, see the warning")
+    torch.set_num_threads(chosen.threads)
+    header = tables.machine(chosen.threads, "cpu")
+    read = reader()
+    parts = [measure(chosen, out, columns, tokens, read) for out, columns in chosen.shapes for tokens in chosen.tokens]
+    frame = pd.concat(parts, ignore_index=True)
+    page = cpu_page(frame, header, chosen)
+    console.print(page, markup=False, highlight=False, soft_wrap=True)
+    if noisy := too_noisy(frame, chosen.noise):
+        console.print(noisy, style="red", markup=False)
+        raise SystemExit(3)
+    stem = Path(chosen.folder) / "tables" / "bench_cpu"
+    write_atomically(stem.with_suffix(".csv"), tables.csv(frame, header))
+    write_atomically(stem.with_suffix(".md"), page)
+
+
+def reader() -> Callable[[int], object]:
+    """Reads `SPACE` bytes of huge pages from memory, with all threads."""
+    library = load()
+    assert library is not None
+    space = moved(torch.zeros(SPACE, dtype=torch.uint8))
+    return lambda _: library.read(space)
+
+
+def measure(config: CpuBench, out: int, columns: int, tokens: int, read: Callable[[int], object]) -> pd.DataFrame:
+    """A row for each contender and for reading memory.
+
+    Raises:
+        ValueError: a contender computes something else.
+    """
+    found = contenders(task(out, columns, tokens, config.seed))
+    errors = {name: contender.error() for name, contender in found.items()}
+    for name, error in errors.items():
+        if not error <= found[name].tolerance:
+            raise ValueError(f"{name} is wrong: its relative error is {error:.2g}, not {found[name].tolerance:g}")
+    times = in_turns({READ: read, **found}, config.rounds)
+    shape = {"out": out, "in": columns, "tokens": tokens}
+    return pd.DataFrame([{**shape, **row(name, times, found.get(name), errors.get(name))} for name in times])
+
+
+def row(name: str, times: Mapping[str, Times], contender: Contender | None, error: float | None) -> dict[str, Any]:
+    """Numbers of one contender; None stands for the reading of memory."""
+    taken, size = times[name], SPACE if contender is None else contender.bytes
+    ratio, low, high = times[BASE].speedup(taken)
+    speed, (first, third) = size / taken.median, taken.quartiles
+    return {
+        "kernel": name,
+        "ms": 1e3 * taken.median,
+        "ms_low": 1e3 * first,
+        "ms_high": 1e3 * third,
+        "spread": taken.spread,
+        "gb_per_s": speed / 1e9,
+        "of_read": speed * times[READ].median / SPACE,
+        "ratio": ratio,
+        "ratio_low": low,
+        "ratio_high": high,
+        "error": error,
+    }
+
+
+def too_noisy(frame: pd.DataFrame, limit: float) -> str | None:
+    """One sentence where the speed of reading memory did not keep still; None where it did."""
+    spread = float(frame.loc[frame["kernel"] == READ, "spread"].max())
+    if spread <= limit:
+        return None
+    return (
+        f"The machine was too noisy to tell: quartiles of the speed of reading memory lie {100 * spread:.0f} % apart, "
+        f"more than {100 * limit:.0f} %. Nothing was written; run it again when nothing else runs."
+    )
+
+
+def cpu_page(frame: pd.DataFrame, header: str, config: CpuBench) -> str:
+    """A table for each shape and number of tokens."""
+    parts = [LEGEND.format(group=GROUP, rounds=config.rounds), f"Measured on {markdown_text(header)}."]
+    if ggml() is None:
+        parts.append("llama.cpp Q4\\_K: not measured, HAWQ\\_GGML names no build of ggml.")
+    for (out, columns, tokens), rows in frame.groupby(["out", "in", "tokens"], sort=False):
+        title = f"## {out} × {columns}, {tokens} token{'' if tokens == 1 else 's'}"
+        parts += [title, tables.grid([_cells(one) for _, one in rows.iterrows()])]
+    return tables.markdown("CPU kernels", parts)
+
+
+def _cells(found: pd.Series) -> dict[str, str]:
+    reading = found["kernel"] == READ
+    return {
+        "kernel": found["kernel"],
+        "ms": tables.spread(found["ms"], found["ms_low"], found["ms_high"]),
+        "GB/s": f"{found['gb_per_s']:.1f}",
+        "of read": f"{100 * found['of_read']:.0f} %",
+        "W4A8 faster": "–" if reading else tables.spread(found["ratio"], found["ratio_low"], found["ratio_high"]),
+        "error": "–" if reading else f"{found['error']:.1e}",
+    }
+
+
+def main() -> int:
+    """Exit status: 0 when done, 2 for bad input, 3 for a noisy machine."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    return status(job, console, CpuBench)

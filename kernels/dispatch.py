@@ -1,0 +1,164 @@
+"""Which kernel multiplies with a packed matrix: a table of rules, of which the first that fits decides.
+
+`using("reference")`, or HAWQ_KERNEL=reference in the environment, sets the choice; each new one is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import linear as cpu
+from kernels.packed import Packed, PackedInteger
+from kernels.packed_affine import PackedAffine
+from kernels.packing import PLANES
+
+if TYPE_CHECKING:  # the layer imports this
+    from kernels.linear import Inputs
+
+logger = logging.getLogger(__name__)
+
+Multiply: TypeAlias = "Callable[[Packed, Tensor, Tensor | None, Inputs | None], Tensor]"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to multiply.
+
+    Args:
+        refuses: why it cannot, for a matrix; None if it can.
+    """
+
+    multiply: Multiply
+    refuses: Callable[[Packed], str | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a kernel is the one to take: all that is named here must fit.
+
+    Args:
+        kernel: of `KERNELS`.
+        device: type of the input's.
+        packed: classes of the matrix; subclasses do not count.
+        bits: widths of codes.
+        integers: whether inputs are rounded to integers of at most 8 bits.
+        dtypes: of the input.
+        tokens: how many.
+    """
+
+    kernel: str
+    device: str
+    packed: tuple[type[Packed], ...]
+    bits: tuple[int, ...]
+    integers: bool
+    dtypes: tuple[torch.dtype, ...]
+    tokens: range
+
+    def fits(self, packed: Packed, x: Tensor, inputs: Inputs | None) -> bool:
+        """Whether the kernel is to take this product."""
+        return (
+            x.device.type == self.device
+            and type(packed) in self.packed
+            and packed.bits in self.bits
+            and cpu.rounds_to_integers(inputs) == self.integers
+            and x.dtype in self.dtypes
+            and x.shape[:-1].numel() in self.tokens
+        )
+
+
+def _reference(packed: Packed, x: Tensor, bias: Tensor | None, inputs: Inputs | None) -> Tensor:
+    """`QuantLinear` without kernels."""
+    y: Tensor = packed(x if inputs is None else inputs(x), bias)
+    return y
+
+
+def _of_integers(multiply: Callable[[PackedInteger, Tensor, Tensor | None, Inputs | None], Tensor]) -> Multiply:
+    def checked(packed: Packed, x: Tensor, bias: Tensor | None, inputs: Inputs | None) -> Tensor:
+        assert isinstance(packed, PackedInteger)
+        return multiply(packed, x, bias, inputs)
+
+    return checked
+
+
+REFERENCE = "reference"
+KERNELS: dict[str, Kernel] = {
+    REFERENCE: Kernel(_reference, lambda _: None),
+    "cpu": Kernel(_of_integers(cpu.multiply), cpu.refuses),
+    "cpu-dequantized": Kernel(_of_integers(cpu.multiply_dequantized), cpu.refuses),
+}
+INTEGERS = (PackedInteger, PackedAffine)
+WIDTHS = tuple(PLANES)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ANY = 2**62
+RULES = (
+    Rule("cpu", "cpu", INTEGERS, WIDTHS, True, FLOATS, range(1, ANY)),
+    Rule("cpu", "cpu", INTEGERS, WIDTHS, False, FLOATS, range(1, 9)),
+    Rule("cpu-dequantized", "cpu", INTEGERS, WIDTHS, False, FLOATS, range(9, ANY)),
+)
+_chosen: ContextVar[str | None] = ContextVar("kernel", default=None)
+
+
+def multiply(packed: Packed, x: Tensor, bias: Tensor | None = None, inputs: Inputs | None = None) -> Tensor:
+    """x [..., in], rounded by `inputs`, times the transposed matrix: [..., out], in the dtype of x.
+
+    Raises:
+        ValueError: the kernel that was asked for does not take the matrix, or there is none of that name.
+    """
+    return KERNELS[choose(packed, x, inputs)].multiply(packed, x, bias, inputs)
+
+
+def choose(packed: Packed, x: Tensor, inputs: Inputs | None = None) -> str:
+    """The kernel for a product, of `KERNELS`. Products that are differentiated have the reference's gradients."""
+    wanted = _chosen.get() or os.environ.get("HAWQ_KERNEL")
+    if wanted is not None:
+        return _asked_for(wanted, packed)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return REFERENCE
+    name = next((rule.kernel for rule in RULES if rule.fits(packed, x, inputs)), REFERENCE)
+    reason = KERNELS[name].refuses(packed)
+    name = REFERENCE if reason else name
+    _log(name, reason, type(packed).__name__, packed.bits, x.device.type, x.dtype, cpu.rounds_to_integers(inputs))
+    return name
+
+
+@contextmanager
+def using(kernel: str) -> Iterator[None]:
+    """Take this kernel for every product inside the context."""
+    _known(kernel)
+    token = _chosen.set(kernel)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def _asked_for(kernel: str, packed: Packed) -> str:
+    if reason := _known(kernel).refuses(packed):
+        raise ValueError(f"the kernel {kernel!r} was asked for, but {reason}; {REFERENCE!r} takes any matrix")
+    return kernel
+
+
+def _known(kernel: str) -> Kernel:
+    if kernel not in KERNELS:
+        raise ValueError(f"there is no kernel {kernel!r}: choose from {', '.join(KERNELS)}")
+    return KERNELS[kernel]
+
+
+@cache
+def _log(
+    kernel: str, reason: str | None, packed: str, bits: float, device: str, dtype: torch.dtype, ints: bool
+) -> None:
+    """Once for each choice."""
+    inputs = "integers" if ints else str(dtype).removeprefix("torch.")
+    because = f", since {reason}" if reason else ""
+    logger.info("%s of %g bits × %s on %s: kernel %s%s", packed, bits, inputs, device, kernel, because)
