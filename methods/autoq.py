@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import ClassVar
 
 from methods.allocation.ddpg import DDPGAgent
 from methods.base import register
-from methods.budget import Budget
 from methods.mixed_precision import MixedPrecision
-from methods.network import Network
 from methods.sensitivity.output_error import OutputMSE
 
 
@@ -36,8 +33,3 @@ class AutoQ(MixedPrecision):
 
     def allocation(self) -> DDPGAgent:
         return DDPGAgent(episodes=self.episodes)
-
-    def supports(self, network: Network, budget: Budget) -> str | None:
-        if find_spec("stable_baselines3") is None:
-            return f"stable-baselines3 is not installed; pip install 'hawq-bench[{self.extra}]'"
-        return super().supports(network, budget)

@@ -76,7 +76,7 @@ def _write(built: builder.Built, folder: Path, name: str) -> list[Path]:
         return paths
     from harness.report import figures  # matplotlib takes a while to import, and the terminal need not wait
 
-    return [*paths, *figures.write(built.rows, folder / "figures", _prefix(name))]
+    return [*paths, *figures.write(built.rows, folder / "figures", _prefix(name), built.spec.figures)]
 
 
 def _prefix(name: str) -> str:

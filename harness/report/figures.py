@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,25 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 """For previews, for pages and for print; without dates and versions: the same records give the same bytes."""
 
+SECTIONS = {"pareto": pareto, "kl": divergence, "bits": bits}
+DOSE = "dose"
+KINDS = (*SECTIONS, DOSE)
 
-def write(frame: pd.DataFrame, folder: Path, prefix: str = "") -> list[Path]:
-    """Write every figure that the rows give, in all formats; return the paths.
+
+def write(frame: pd.DataFrame, folder: Path, prefix: str = "", kinds: Sequence[str] = KINDS) -> list[Path]:
+    """Write the figures of these kinds that the rows give, in all formats; return the paths.
 
     For each section `pareto_…`, `kl_…` and `bits_…`; for each model with outliers of several magnitudes `dose_…`.
+
+    Raises:
+        ValueError: there is no such kind.
     """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ValueError(f"there is no figure {unknown[0]!r}: choose from {', '.join(KINDS)}")
     paths = []
     with matplotlib.rc_context(style.FIGURE):
-        for stem, figure in _figures(frame):
+        for stem, figure in _figures(frame, kinds):
             paths += save(figure, folder / f"{prefix}{stem}")
     return paths
 
@@ -57,15 +67,17 @@ def save(figure: Figure, stem: Path, kinds: Iterable[str] = tuple(FORMATS)) -> l
     return paths
 
 
-def _figures(frame: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def _figures(frame: pd.DataFrame, kinds: Sequence[str]) -> Iterator[tuple[str, Figure]]:
     """File stems and figures."""
     looks = style.looks(dict(zip(frame["method"], frame["method_name"], strict=True)))
     names = frames.slugs(frame)
     for section, rows in frames.sections(frame):
         done = rows[rows["status"] == DONE]
-        for kind, draw in (("pareto", pareto), ("kl", divergence), ("bits", bits)):
-            figure = draw(section, done, looks)
+        for kind, draw in SECTIONS.items():
+            figure = draw(section, done, looks) if kind in kinds else None
             if figure is not None:
                 yield f"{kind}_{names[section]}", figure
-    for section, figure in dose_responses(frame, looks):
-        yield f"dose_{names[section]}", figure
+    doses = list(dose_responses(frame, looks)) if DOSE in kinds else []
+    models = dict(zip(frame["section"], frame["model"], strict=True))
+    for section, figure in doses:
+        yield f"{DOSE}_{models[section] if len(doses) == 1 else names[section]}", figure

@@ -24,6 +24,8 @@ LINE, HEAD = 0.2, 0.95
 """Inches of a line of text, and of what each panel and the figure add to them."""
 WIDEST = 44
 """Characters after which a label breaks."""
+BOLD = 36
+"""And of a part's name: bold letters are wider, and a browser's font may be, too."""
 FAR = 4.0
 """Bounds of a region beyond this multiple of the largest effect would flatten the effects: they are not shown."""
 MARGIN = 0.06
@@ -99,7 +101,7 @@ def _rows(cases: pd.DataFrame) -> list[Row]:
     """From top to bottom; each part is named before its cases."""
     found, top = [], 0
     for part, mine in cases.groupby("part", sort=False):
-        texts: list[tuple[str, pd.Series | None]] = [(broken(str(part), WIDEST), None)]
+        texts: list[tuple[str, pd.Series | None]] = [(broken(str(part), BOLD), None)]
         texts += [(broken(str(case["label"]), WIDEST), case) for _, case in mine.iterrows()]
         for text, case in texts:
             height = text.count("\n") + 1

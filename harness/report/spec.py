@@ -62,8 +62,8 @@ class TableConfig:
     best: str = ""
     """The value whose best is bold in each block."""
     legend: str = ""
-    figures: bool = False
-    """Draw the rows, too."""
+    figures: list[str] = field(default_factory=list)
+    """What is drawn of the rows, too: `pareto`, `kl`, `bits`, `dose`; see `harness.report.figures`."""
     nothing: str = "Not run."
     """What it says without rows."""
 

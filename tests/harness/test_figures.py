@@ -317,9 +317,16 @@ def test_doses_are_written_too(monkeypatch: pytest.MonkeyPatch) -> None:
     stems: list[str] = []
     monkeypatch.setattr(figures, "save", lambda figure, stem: stems.append(stem.name) or [stem])
     figures.write(tidy(doses())[0], Path("folder"), "x_")
-    assert [stem for stem in stems if "dose" in stem] == [
-        "x_dose_tiny_outliers-on-pydocs-with-model.outliers.scale-16.0"
-    ]
+    assert [stem for stem in stems if "dose" in stem] == ["x_dose_tiny_outliers"]
+
+
+def test_only_figures_of_the_kinds_asked_for_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stems: list[str] = []
+    monkeypatch.setattr(figures, "save", lambda figure, stem: stems.append(stem.name) or [stem])
+    figures.write(tidy(doses())[0], Path("folder"), kinds=["dose"])
+    assert stems == ["dose_tiny_outliers"]
+    with pytest.raises(ValueError, match="there is no figure 'pie'"):
+        figures.write(tidy(doses())[0], Path("folder"), kinds=["pie"])
 
 
 def test_a_legend_names_each_label_once() -> None:
