@@ -76,7 +76,12 @@ class ToolRunner:
         with (job / "log.txt").open("w+") as output:
             try:
                 code = subprocess.run(
-                    command, stdout=output, stderr=subprocess.STDOUT, env=environment, timeout=60 * self.minutes
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    timeout=60 * self.minutes,
+                    cwd=job,  # tools leave logs where they run
                 ).returncode
             except subprocess.TimeoutExpired as error:
                 raise ValueError(

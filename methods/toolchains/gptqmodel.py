@@ -94,7 +94,8 @@ def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, 
     package: Any = gptqmodel
     package._default_cpu_workers = lambda: WORKERS  # with one worker it waits for itself
     pack_block_ext.load_pack_block_extension = lambda: None  # or it compiles C++ on the clock; Python packs as well
-    config = package.QuantizeConfig(**settings, device="cpu", offload_to_disk=False)
+    # The older format stores zero points less one, which the library adds back only when it loads a checkpoint.
+    config = package.QuantizeConfig(**settings, format="gptq_v2", device="cpu", offload_to_disk=False)
     tool = package.GPTQModel.load(work.folder, config, dtype=torch.float32)
     tool.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in work.tokens])
     answer: dict[str, Tensor] = {}
