@@ -23,7 +23,7 @@ def test_every_description_is_read_and_says_where_it_comes_from() -> None:
     ("content", "error"),
     [
         ("title: x\ncolums: []", "colums"),
-        ("title: x\nfigures: [1]", "wrong.yaml: .* is not a valid bool"),
+        ("title: x\nfigures: 1", "wrong.yaml: Invalid value assigned"),
         ("title: x\nsource: disk", "source=disk is none of records"),
         ("title: x\nvalues: [{head: a, value: b, form: roman}]", "form=roman is none of"),
     ],
