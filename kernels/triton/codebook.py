@@ -8,6 +8,7 @@ then between the picks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from kernels.packed import Packed
 from kernels.packed_codebook import PackedCodebook
 from kernels.triton.decode import field, lookup, lookup_four
 from kernels.triton.finish import finish
-from kernels.triton.launch import Regime, interpreted, regime, row_stride, splits, unfit
+from kernels.triton.launch import Regime, counters, in_tiles, launch, unfit
 from kernels.triton.layout import ROWS, slab, words
 from kernels.triton.tokens import halved
 
@@ -39,7 +40,7 @@ class Prepared:
         codebook: fp16 [rows, 2**bits].
         tables: int32 [4 or 8, rows]: the low bytes of entries 0–3, 4–7 and so on, then their high bytes.
         packed: the same as stored.
-        arrived: int32 scratch, zero between calls; calls on several streams need a copy each.
+        arrived: see `kernels.triton.launch.counters`.
     """
 
     words: Tensor
@@ -62,8 +63,8 @@ def prepare(packed: PackedCodebook) -> Prepared:
     """Reorders codes; nothing is rounded."""
     bits, rows = int(packed.bits), packed.shape[0]
     table = F.pad(packed.codebook, (0, 0, 0, -rows % ROWS)).contiguous()
-    arrived = torch.zeros(-(-rows // ROWS) * 8, dtype=torch.int32, device=table.device)
-    return Prepared(words(packed.unpacked_codes(), bits, BLOCK), table, byte_tables(table), packed, arrived)
+    codes, arrived = words(packed.unpacked_codes(), bits, BLOCK), counters(rows, table.device)
+    return Prepared(codes, table, byte_tables(table), packed, arrived)
 
 
 def byte_tables(table: Tensor) -> Tensor:
@@ -75,34 +76,24 @@ def byte_tables(table: Tensor) -> Tensor:
 
 def multiply(prepared: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] fp16 or bf16 times the transposed matrix, plus bias [out]: [..., out] in the dtype of x."""
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    tile = regime(REGIMES, len(tokens))
-    if tile is None:
-        return F.linear(x, prepared.packed.dequantize().to(x.dtype), bias)
-    y = add_multiplied(prepared, tokens, None if bias is None else bias.expand(1, -1), tile)
-    return y.view(*x.shape[:-1], prepared.packed.shape[0])
+    return in_tiles(
+        x, bias, REGIMES, partial(add_multiplied, prepared), lambda: prepared.packed.dequantize().to(x.dtype)
+    )
 
 
 def add_multiplied(
     prepared: Prepared, x: Tensor, addend: Tensor | None, tile: Regime, split: int | None = None
 ) -> Tensor:
     """x [tokens, in] times the transposed matrix, plus an addend [tokens or 1, out]: [tokens, out]."""
-    (rows, columns), count, bits = prepared.packed.shape, len(x), int(prepared.packed.bits)
+    (rows, columns), bits = prepared.packed.shape, int(prepared.packed.bits)
     blocks = -(-columns // BLOCK)
-    tiles = -(-rows // tile.rows), -(-count // tile.tokens)
-    if split is None:
-        split = splits(tiles[0] * tiles[1], blocks, x.device)
+    call = launch(x, rows, blocks, tile, prepared.arrived, addend, split)
     halves, _, factor = halved(x, BLOCK, slab(bits, BLOCK), bits, BLOCK, None, tile.tokens)
-    y = torch.empty(count, rows, dtype=x.dtype, device=x.device)
-    partial = torch.empty((split, count, rows) if split > 1 else 0, device=x.device)
-    _multiply[(*tiles, split)](
-        halves, factor, prepared.words, prepared.codebook, prepared.tables,
-        partial, prepared.arrived, addend, row_stride(addend), y,
-        count, rows, blocks, prepared.tables.shape[1],
-        BITS=bits, BLOCK=BLOCK, TOKENS=tile.tokens, ROWS=tile.rows, SPLIT=split, STAGES=tile.stages,
-        ADD=addend is not None, ASM=not interpreted(), num_warps=tile.warps, enable_fp_fusion=True,
+    _multiply[call.grid](
+        halves, factor, prepared.words, prepared.codebook, prepared.tables, *call.ending, blocks,
+        prepared.tables.shape[1], BITS=bits, BLOCK=BLOCK, **call.constants,
     )  # fmt: skip
-    return y
+    return call.y
 
 
 @triton.jit

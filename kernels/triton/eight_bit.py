@@ -9,6 +9,7 @@ the 16 is taken off at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,12 @@ from kernels.packed import Packed, PackedInteger
 from kernels.packed_float import PackedFloat, decoded_scale
 from kernels.triton.decode import split
 from kernels.triton.finish import finish
-from kernels.triton.launch import Regime, interpreted, regime, row_stride, splits, unfit
+from kernels.triton.launch import Regime, counters, in_tiles, launch, unfit
 from kernels.triton.layout import ROWS, pairs
 from kernels.triton.rounding import rounded
 
 REGIMES = (Regime(16, 16, 128, 4, 4), Regime(64, 64, 128, 4, 4), Regime(2**31, 128, 128, 8, 3))
 BLOCKS = (128, 64)
-SHARED = 16  # tiles of tokens up to which programs share a sum; beyond, there are tiles enough
 HIGH_OF_LOW: tl.constexpr = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }")
 FLOATS = 89  # the first compute capability, times ten, whose tensor cores multiply FP8
 
@@ -43,7 +43,7 @@ class Prepared:
         pairs: int32 [groups, rows], of fp16 scales and of zeros of signed codes.
         span: columns of a group, 0 if each channel is one.
         factor: of the whole matrix.
-        arrived: int32 scratch, zero between calls; calls on several streams need a copy each.
+        arrived: see `kernels.triton.launch.counters`.
     """
 
     codes: Tensor
@@ -81,7 +81,7 @@ def supports(packed: Packed, x: Tensor, inputs: Inputs | None) -> str | None:
 def prepare(packed: PackedInteger | PackedFloat) -> Prepared:
     """Reorders codes, scales and zeros; nothing is rounded."""
     rows, columns = packed.shape
-    arrived = torch.zeros(-(-rows // ROWS) * SHARED, dtype=torch.int32, device=packed.codes.device)
+    arrived = counters(rows, packed.codes.device)
     if isinstance(packed, PackedFloat):
         size, codes = BLOCKS[0], _padded(packed.unpacked_codes(), BLOCKS[0]).view(torch.float8_e4m3fn)
         tensor = 1.0 if packed.tensor_scale is None else float(packed.tensor_scale)
@@ -103,36 +103,24 @@ def prepare(packed: PackedInteger | PackedFloat) -> Prepared:
 
 def multiply(prepared: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times the transposed matrix, plus bias [out]: [..., out] in the dtype of x."""
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    tile = regime(REGIMES, len(tokens))
-    assert tile is not None
-    y = add_multiplied(prepared, tokens, None if bias is None else bias.expand(1, -1), tile)
-    return y.view(*x.shape[:-1], prepared.shape[0])
+    return in_tiles(x, bias, REGIMES, partial(add_multiplied, prepared))
 
 
 def add_multiplied(
     prepared: Prepared, x: Tensor, addend: Tensor | None, tile: Regime, split: int | None = None
 ) -> Tensor:
     """x [tokens, in] times the transposed matrix, plus an addend [tokens or 1, out]: [tokens, out]."""
-    (rows, columns), count = prepared.shape, len(x)
+    (rows, columns), dtype = prepared.shape, prepared.codes.dtype
     blocks = -(-columns // prepared.block)
     group = min(prepared.span, prepared.block) or prepared.block
-    tiles = -(-rows // tile.rows), -(-count // tile.tokens)
-    if split is None:
-        split = splits(tiles[0] * tiles[1], blocks, x.device) if tiles[1] <= SHARED else 1
-    dtype = prepared.codes.dtype
+    call = launch(x, rows, blocks, tile, prepared.arrived, addend, split)
     inputs = rounded(x, blocks * prepared.block, group, dtype, tile.tokens)
-    y = torch.empty(count, rows, dtype=x.dtype, device=x.device)
-    partial = torch.empty((split, count, rows) if split > 1 else 0, device=x.device)
-    _multiply[(*tiles, split)](
-        *inputs, prepared.codes, prepared.pairs,
-        partial, prepared.arrived, addend, row_stride(addend), y,
-        count, rows, blocks, prepared.pairs.shape[1], prepared.factor,
+    _multiply[call.grid](
+        *inputs, prepared.codes, prepared.pairs, *call.ending, blocks, prepared.pairs.shape[1], prepared.factor,
         BITS=prepared.bits, BLOCK=prepared.block, PARTS=prepared.block // group, SPAN=prepared.span // group,
-        FLOAT=dtype.is_floating_point, TOKENS=tile.tokens, ROWS=tile.rows, SPLIT=split, STAGES=tile.stages,
-        ADD=addend is not None, ASM=not interpreted(), num_warps=tile.warps, enable_fp_fusion=True,
+        FLOAT=dtype.is_floating_point, **call.constants,
     )  # fmt: skip
-    return y
+    return call.y
 
 
 @triton.jit

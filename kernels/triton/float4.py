@@ -8,6 +8,7 @@ groups, each a slab of its own, whose sums take the groups' scales; four scales 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from kernels.minifloat import E2M1, E4M3, E8M0
 from kernels.packed import Packed
 from kernels.packed_float import PackedFloat
 from kernels.triton.finish import finish
-from kernels.triton.launch import Regime, interpreted, regime, row_stride, splits, unfit
+from kernels.triton.launch import Regime, counters, in_tiles, launch, unfit
 from kernels.triton.layout import ROWS, words
 from kernels.triton.tokens import halved
 
@@ -40,7 +41,7 @@ class Prepared:
         exponents: whether scales are E8M0, else they are E4M3.
         factor: of the whole matrix, 2**14 included.
         packed: the same as stored.
-        arrived: int32 scratch, zero between calls; calls on several streams need a copy each.
+        arrived: see `kernels.triton.launch.counters`.
     """
 
     words: Tensor
@@ -69,47 +70,36 @@ def prepare(packed: PackedFloat) -> Prepared:
     added = codes.shape[1] // group - packed.scale.shape[1]
     scales = F.pad(packed.scale, (0, added, 0, -rows % ROWS)).contiguous().view(torch.int32)
     tensor = 1.0 if packed.tensor_scale is None else float(packed.tensor_scale)
-    arrived = torch.zeros(-(-rows // ROWS) * 4, dtype=torch.int32, device=packed.codes.device)
     return Prepared(
         words(codes, 4, 4 * group),
         scales.t().contiguous(),
         packed.scale_code == E8M0,
         tensor * 2**14,
         packed,
-        arrived,
+        counters(rows, packed.codes.device),
     )
 
 
 def multiply(prepared: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] fp16 or bf16 times the transposed matrix, plus bias [out]: [..., out] in the dtype of x."""
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    tile = regime(REGIMES, len(tokens))
-    if tile is None:
-        return F.linear(x, prepared.packed.dequantize().to(x.dtype), bias)
-    y = add_multiplied(prepared, tokens, None if bias is None else bias.expand(1, -1), tile)
-    return y.view(*x.shape[:-1], prepared.packed.shape[0])
+    return in_tiles(
+        x, bias, REGIMES, partial(add_multiplied, prepared), lambda: prepared.packed.dequantize().to(x.dtype)
+    )
 
 
 def add_multiplied(
     prepared: Prepared, x: Tensor, addend: Tensor | None, tile: Regime, split: int | None = None
 ) -> Tensor:
     """x [tokens, in] times the transposed matrix, plus an addend [tokens or 1, out]: [tokens, out]."""
-    (rows, _), count, group = prepared.packed.shape, len(x), prepared.packed.group_size
+    (rows, _), group = prepared.packed.shape, prepared.packed.group_size
     turns = len(prepared.scales) * 4 * group // STRIDE
-    tiles = -(-rows // tile.rows), -(-count // tile.tokens)
-    if split is None:
-        split = splits(tiles[0] * tiles[1], turns, x.device)
+    call = launch(x, rows, turns, tile, prepared.arrived, addend, split)
     halves, _, factor = halved(x, STRIDE, group, 4, STRIDE, None, tile.tokens)
-    y = torch.empty(count, rows, dtype=x.dtype, device=x.device)
-    partial = torch.empty((split, count, rows) if split > 1 else 0, device=x.device)
-    _multiply[(*tiles, split)](
-        halves, factor, prepared.words, prepared.scales,
-        partial, prepared.arrived, addend, row_stride(addend), y,
-        count, rows, turns, prepared.scales.shape[1], prepared.factor,
-        GROUP=group, STRIDE=STRIDE, EXPONENTS=prepared.exponents, TOKENS=tile.tokens, ROWS=tile.rows, SPLIT=split,
-        STAGES=tile.stages, ADD=addend is not None, ASM=not interpreted(), num_warps=tile.warps, enable_fp_fusion=True,
+    _multiply[call.grid](
+        halves, factor, prepared.words, prepared.scales, *call.ending, turns, prepared.scales.shape[1],
+        prepared.factor, GROUP=group, STRIDE=STRIDE, EXPONENTS=prepared.exponents, **call.constants,
     )  # fmt: skip
-    return y
+    return call.y
 
 
 @triton.constexpr_function

@@ -8,10 +8,10 @@ of `kernels.triton.decode`, so a group costs three operations per output whateve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.packed import Packed, PackedInteger
 from kernels.triton.decode import magic, split, start
 from kernels.triton.finish import finish
-from kernels.triton.launch import Regime, interpreted, regime, row_stride, splits, unfit
+from kernels.triton.launch import Regime, counters, in_tiles, interpreted, launch, unfit
 from kernels.triton.layout import pairs, slab, words
 from kernels.triton.tokens import Halves, halved
 
@@ -43,7 +43,7 @@ class Prepared:
         block: columns of a block.
         span: columns of a group.
         shape: (out, in).
-        arrived: int32 scratch, zero between calls; calls on several streams need a copy each.
+        arrived: see `kernels.triton.launch.counters`.
     """
 
     words: Tensor
@@ -85,7 +85,7 @@ def prepare(packed: PackedInteger) -> Prepared:
         block=size,
         span=_span(packed),
         shape=packed.shape,
-        arrived=torch.zeros(-(-packed.shape[0] // 64) * 4, dtype=torch.int32, device=codes.device),
+        arrived=counters(packed.shape[0], codes.device),
     )
 
 
@@ -99,37 +99,23 @@ def block(bits: int, span: int, columns: int) -> int:
 
 def multiply(prepared: Prepared, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] fp16 or bf16 times the transposed matrix, plus bias [out]: [..., out] in the dtype of x."""
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    tile = regime(REGIMES, len(tokens))
-    if tile is None:
-        return F.linear(x, decoded(prepared, x.dtype), bias)
-    y = add_multiplied(prepared, tokens, None if bias is None else bias.expand(1, -1), tile)
-    return y.view(*x.shape[:-1], prepared.shape[0])
+    return in_tiles(x, bias, REGIMES, partial(add_multiplied, prepared), partial(decoded, prepared, x.dtype))
 
 
 def add_multiplied(
     prepared: Prepared, x: Tensor, addend: Tensor | None, tile: Regime, split: int | None = None
 ) -> Tensor:
     """x [tokens, in] times the transposed matrix, plus an addend [tokens or 1, out]: [tokens, out]."""
-    (rows, columns), count = prepared.shape, len(x)
-    blocks, group = -(-columns // prepared.block), gcd(prepared.span, prepared.block)
-    size = slab(prepared.bits, prepared.block)
-    tiles = -(-rows // tile.rows), -(-count // tile.tokens)
-    if split is None:
-        split = splits(tiles[0] * tiles[1], blocks, x.device)
+    (rows, columns), group = prepared.shape, gcd(prepared.span, prepared.block)
+    blocks, size = -(-columns // prepared.block), slab(prepared.bits, prepared.block)
+    call = launch(x, rows, blocks, tile, prepared.arrived, addend, split)
     inputs: Halves = halved(x, prepared.block, size, prepared.bits, group, prepared.order, tile.tokens)
-    y = torch.empty(count, rows, dtype=x.dtype, device=x.device)
-    partial = torch.empty((split, count, rows) if split > 1 else 0, device=x.device)
-    _multiply[(*tiles, split)](
-        *inputs, prepared.words, prepared.pairs,
-        partial, prepared.arrived, addend, row_stride(addend), y,
-        count, rows, blocks, prepared.pairs.shape[1],
+    _multiply[call.grid](
+        *inputs, prepared.words, prepared.pairs, *call.ending, blocks, prepared.pairs.shape[1],
         BITS=prepared.bits, BLOCK=prepared.block, PARTS=prepared.block // group,
-        SPAN=0 if len(prepared.pairs) == 1 else prepared.span // group,
-        TOKENS=tile.tokens, ROWS=tile.rows, SPLIT=split, STAGES=tile.stages, ADD=addend is not None,
-        ASM=not interpreted(), num_warps=tile.warps, enable_fp_fusion=True,
+        SPAN=0 if len(prepared.pairs) == 1 else prepared.span // group, **call.constants,
     )  # fmt: skip
-    return y
+    return call.y
 
 
 def decoded(prepared: Prepared, dtype: torch.dtype) -> Tensor:

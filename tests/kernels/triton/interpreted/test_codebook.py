@@ -1,17 +1,19 @@
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
+from kernels.packed import Packed
 from kernels.packed_codebook import PackedCodebook
 from kernels.packing import pack
-from kernels.triton.codebook import REGIMES, add_multiplied, multiply, prepare, supports
-from kernels.triton.launch import Regime
+from kernels.triton import codebook
+from kernels.triton.codebook import multiply, prepare, supports
 
 HALF = 1e-3  # fp16 results
-SMALL = Regime(16, 16, 64, 4, 2)
 Error = Callable[[Tensor, Tensor], float]
+Check = Callable[[ModuleType, Packed], None]
 
 
 def random_packed(random: Generator, bits: int, columns: int) -> PackedCodebook:
@@ -32,14 +34,8 @@ def test_a_product_equals_that_of_the_looked_up_matrix(
     assert error(multiply(prepare(packed), x, bias), truth) < HALF
 
 
-def test_a_sum_that_several_programs_share_and_many_tokens(random: Generator, error: Error) -> None:
-    packed = random_packed(random, 4, 768)
-    x = torch.randn(REGIMES[-1].limit + 1, 768, generator=random).half()
-    truth = x.double() @ packed.dequantize().double().t()
-    prepared = prepare(packed)
-    assert error(add_multiplied(prepared, x[:3], None, SMALL, 3), truth[:3]) < HALF
-    assert not prepared.arrived.any()
-    assert error(multiply(prepared, x), truth) < HALF
+def test_a_sum_that_several_programs_share_and_many_tokens(random: Generator, check_shared: Check) -> None:
+    check_shared(codebook, random_packed(random, 4, 768))
 
 
 def test_what_is_not_supported_is_said(random: Generator) -> None:

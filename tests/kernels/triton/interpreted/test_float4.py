@@ -1,18 +1,22 @@
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
 from kernels.minifloat import E2M1, E4M3, E8M0
+from kernels.packed import Packed
 from kernels.packed_float import PackedFloat
 from kernels.packing import pack
-from kernels.triton.float4 import REGIMES, add_multiplied, multiply, prepare, supports
+from kernels.triton import float4
+from kernels.triton.float4 import add_multiplied, multiply, prepare, supports
 from kernels.triton.launch import Regime
 
 HALF = 1e-3  # fp16 results
 SMALL = Regime(16, 16, 64, 4, 2)
 Error = Callable[[Tensor, Tensor], float]
+Check = Callable[[ModuleType, Packed], None]
 
 
 def random_packed(random: Generator, group: int, columns: int) -> PackedFloat:
@@ -45,14 +49,8 @@ def test_every_number_and_every_scale_is_exact() -> None:
     assert torch.equal(result, packed.dequantize().t())
 
 
-def test_a_sum_that_several_programs_share_and_many_tokens(random: Generator, error: Error) -> None:
-    packed = random_packed(random, 16, 320)
-    x = torch.randn(REGIMES[-1].limit + 1, 320, generator=random).half()
-    truth = x.double() @ packed.dequantize().double().t()
-    prepared = prepare(packed)
-    assert error(add_multiplied(prepared, x[:3], None, SMALL, 3), truth[:3]) < HALF
-    assert not prepared.arrived.any()
-    assert error(multiply(prepared, x), truth) < HALF
+def test_a_sum_that_several_programs_share_and_many_tokens(random: Generator, check_shared: Check) -> None:
+    check_shared(float4, random_packed(random, 16, 768))
 
 
 def test_what_is_not_supported_is_said(random: Generator) -> None:
