@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.cpu.pages import huge
 from kernels.linear import QuantLinear
 from kernels.packed import Packed
 from methods.base import Quantized, Stat, Statistics
@@ -39,6 +40,7 @@ def packed_copy(network: Network, quantized: Quantized) -> nn.Module:
         )
     model = copy.deepcopy(network.model, replacements)
     _set_parameters(model, quantized.parameters)
+    huge(model)
     return model
 
 

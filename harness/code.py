@@ -15,7 +15,8 @@ PACKAGES = ("harness", "methods", "kernels")
 def code_version(*modules: str) -> str:
     """SHA-256 over the syntax trees of these modules and their imports within the project.
 
-    Comments and formatting do not count; whatever is imported, inside functions too, does.
+    Comments and formatting do not count; whatever is imported, inside functions too, does, and so do files in a folder
+    `csrc` beside a module, which it may compile.
     """
     seen: set[str] = set()
     waiting = list(modules)
@@ -42,7 +43,10 @@ def _source(module: str) -> Path | None:
 @cache
 def _tree(module: str) -> str:
     path = _source(module)
-    return ast.dump(ast.parse(path.read_text())) if path else ""
+    if path is None:
+        return ""
+    compiled = sorted(file for file in path.parent.glob("csrc/*") if file.is_file())
+    return "\0".join([ast.dump(ast.parse(path.read_text())), *(file.read_text() for file in compiled)])
 
 
 @cache

@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from kernels import triton
 from kernels.cpu import linear as cpu
 from kernels.packed import Packed, PackedInteger
 from kernels.packed_affine import PackedAffine
-from kernels.packing import PLANES
 
 if TYPE_CHECKING:  # the layer imports this
     from kernels.linear import Inputs
 
 logger = logging.getLogger(__name__)
 
+REFERENCE = "reference"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Multiply: TypeAlias = "Callable[[Packed, Tensor, Tensor | None, Inputs | None], Tensor]"
+Refuses: TypeAlias = "Callable[[Packed, Tensor, Inputs | None], str | None]"
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,21 @@ class Kernel:
     """A way to multiply.
 
     Args:
-        refuses: why it cannot, for a matrix; None if it can.
+        refuses: why it cannot multiply an input with a matrix; None if it can.
     """
 
     multiply: Multiply
-    refuses: Callable[[Packed], str | None]
+    refuses: Refuses
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Where a kernel is the one to take: all that is named here must fit.
+    """Where a kernel is the one to take: all that is named here must fit, and what is None fits anything.
 
     Args:
         kernel: of `KERNELS`.
         device: type of the input's.
         packed: classes of the matrix; subclasses do not count.
-        bits: widths of codes.
         integers: whether inputs are rounded to integers of at most 8 bits.
         dtypes: of the input.
         tokens: how many.
@@ -58,26 +60,24 @@ class Rule:
 
     kernel: str
     device: str
-    packed: tuple[type[Packed], ...]
-    bits: tuple[int, ...]
-    integers: bool
-    dtypes: tuple[torch.dtype, ...]
-    tokens: range
+    packed: tuple[type[Packed], ...] | None = None
+    integers: bool | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    tokens: range | None = None
 
     def fits(self, packed: Packed, x: Tensor, inputs: Inputs | None) -> bool:
         """Whether the kernel is to take this product."""
         return (
             x.device.type == self.device
-            and type(packed) in self.packed
-            and packed.bits in self.bits
-            and cpu.rounds_to_integers(inputs) == self.integers
-            and x.dtype in self.dtypes
-            and x.shape[:-1].numel() in self.tokens
+            and (self.packed is None or type(packed) in self.packed)
+            and (self.integers is None or cpu.rounds_to_integers(inputs) == self.integers)
+            and (self.dtypes is None or x.dtype in self.dtypes)
+            and (self.tokens is None or x.shape[:-1].numel() in self.tokens)
         )
 
 
 def _reference(packed: Packed, x: Tensor, bias: Tensor | None, inputs: Inputs | None) -> Tensor:
-    """`QuantLinear` without kernels."""
+    """By torch's operations, from the matrix dequantized."""
     y: Tensor = packed(x if inputs is None else inputs(x), bias)
     return y
 
@@ -90,20 +90,39 @@ def _of_integers(multiply: Callable[[PackedInteger, Tensor, Tensor | None, Input
     return checked
 
 
-REFERENCE = "reference"
+def _cpu_refuses(packed: Packed, x: Tensor, inputs: Inputs | None) -> str | None:
+    del inputs
+    if x.device.type != "cpu" or x.dtype not in FLOATS:
+        return f"inputs are {x.dtype} on {x.device}"
+    return cpu.refuses(packed)
+
+
+def _triton(packed: Packed, x: Tensor, bias: Tensor | None, inputs: Inputs | None) -> Tensor:
+    from kernels.triton import linear  # imports Triton, which takes a second and is not everywhere
+
+    return linear.multiply(packed, x, bias, inputs)
+
+
+def _triton_refuses(packed: Packed, x: Tensor, inputs: Inputs | None) -> str | None:
+    if reason := triton.missing():
+        return reason
+    from kernels.triton import linear
+
+    return linear.refuses(packed, x, inputs)
+
+
 KERNELS: dict[str, Kernel] = {
-    REFERENCE: Kernel(_reference, lambda _: None),
-    "cpu": Kernel(_of_integers(cpu.multiply), cpu.refuses),
-    "cpu-dequantized": Kernel(_of_integers(cpu.multiply_dequantized), cpu.refuses),
+    REFERENCE: Kernel(_reference, lambda *_: None),
+    "cpu": Kernel(_of_integers(cpu.multiply), _cpu_refuses),
+    "cpu-dequantized": Kernel(_of_integers(cpu.multiply_dequantized), _cpu_refuses),
+    "triton": Kernel(_triton, _triton_refuses),
 }
 INTEGERS = (PackedInteger, PackedAffine)
-WIDTHS = tuple(PLANES)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ANY = 2**62
 RULES = (
-    Rule("cpu", "cpu", INTEGERS, WIDTHS, True, FLOATS, range(1, ANY)),
-    Rule("cpu", "cpu", INTEGERS, WIDTHS, False, FLOATS, range(1, 9)),
-    Rule("cpu-dequantized", "cpu", INTEGERS, WIDTHS, False, FLOATS, range(9, ANY)),
+    Rule("cpu", "cpu", INTEGERS, True, FLOATS),
+    Rule("cpu", "cpu", INTEGERS, False, FLOATS, range(9)),
+    Rule("cpu-dequantized", "cpu", INTEGERS, False, FLOATS),
+    Rule("triton", "cuda", dtypes=(torch.bfloat16, torch.float16)),
 )
 _chosen: ContextVar[str | None] = ContextVar("kernel", default=None)
 
@@ -121,11 +140,11 @@ def choose(packed: Packed, x: Tensor, inputs: Inputs | None = None) -> str:
     """The kernel for a product, of `KERNELS`. Products that are differentiated have the reference's gradients."""
     wanted = _chosen.get() or os.environ.get("HAWQ_KERNEL")
     if wanted is not None:
-        return _asked_for(wanted, packed)
+        return _asked_for(wanted, packed, x, inputs)
     if torch.is_grad_enabled() and x.requires_grad:
         return REFERENCE
     name = next((rule.kernel for rule in RULES if rule.fits(packed, x, inputs)), REFERENCE)
-    reason = KERNELS[name].refuses(packed)
+    reason = KERNELS[name].refuses(packed, x, inputs)
     name = REFERENCE if reason else name
     _log(name, reason, type(packed).__name__, packed.bits, x.device.type, x.dtype, cpu.rounds_to_integers(inputs))
     return name
@@ -142,8 +161,8 @@ def using(kernel: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def _asked_for(kernel: str, packed: Packed) -> str:
-    if reason := _known(kernel).refuses(packed):
+def _asked_for(kernel: str, packed: Packed, x: Tensor, inputs: Inputs | None) -> str:
+    if reason := _known(kernel).refuses(packed, x, inputs):
         raise ValueError(f"the kernel {kernel!r} was asked for, but {reason}; {REFERENCE!r} takes any matrix")
     return kernel
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from kernels import dispatch
 from kernels.activations import ExceptOutliers, InputRounding
 from kernels.packed import Packed
 
@@ -33,10 +34,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] to [..., out], in the dtype of x."""
-        if self.inputs is not None:
-            x = self.inputs(x)
-        return self.packed(x, self.bias)
+        """x [..., in] to [..., out], in the dtype of x, by the kernel that `kernels.dispatch` chooses."""
+        return dispatch.multiply(self.packed, x, self.bias, self.inputs)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, bits={self.packed.bits}"

@@ -23,6 +23,7 @@ from kernels.packed import PackedInteger
 from kernels.packing import row_bytes
 
 GROUP = 128
+TORCH = "torch"
 ROTATION = 2**27
 """Bytes that the copies of one matrix take together at least."""
 
@@ -37,6 +38,7 @@ class Contender:
         tolerance: of ‖y − exact‖ over ‖exact‖, for what the kernel rounds: inputs, sums, results.
         bytes: of one copy of the matrix, scales and zeros included.
         copies: of it.
+        peer: whose kernel it is; empty for ours.
     """
 
     multiply: Callable[[int], Tensor]
@@ -44,6 +46,7 @@ class Contender:
     tolerance: float
     bytes: int
     copies: int
+    peer: str = ""
 
     def __call__(self, call: int) -> Tensor:
         """With the copy that is next."""
@@ -123,7 +126,7 @@ def dense(given: Task, dtype: torch.dtype) -> Contender:
     weights = _rotated(_weight(given).to(dtype))
     x = given.x.to(dtype)
     exact, tolerance = x.double() @ weights[0].double().T, 1e-4 if dtype == torch.float32 else 1e-2
-    return Contender(lambda i: F.linear(x, weights[i]), exact, tolerance, weights[0].nbytes, len(weights))
+    return Contender(lambda i: F.linear(x, weights[i]), exact, tolerance, weights[0].nbytes, len(weights), TORCH)
 
 
 def int4pack(given: Task) -> Contender:
@@ -140,7 +143,7 @@ def int4pack(given: Task) -> Contender:
     def multiply(i: int) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[i], GROUP, grid)
 
-    return Contender(multiply, x.double() @ weight.T, 1e-2, packed[0].nbytes + grid.nbytes, len(packed))
+    return Contender(multiply, x.double() @ weight.T, 1e-2, packed[0].nbytes + grid.nbytes, len(packed), TORCH)
 
 
 def int8pack(given: Task) -> Contender:
@@ -152,14 +155,14 @@ def int8pack(given: Task) -> Contender:
     def multiply(i: int) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x, weights[i], scale)
 
-    return Contender(multiply, exact, 1e-2, weights[0].nbytes, len(weights))
+    return Contender(multiply, exact, 1e-2, weights[0].nbytes, len(weights), TORCH)
 
 
 def int_mm(given: Task) -> Contender:
     """torch's product of int8 matrices to int32, with inputs rounded before."""
     weights, x = _rotated(_signed(given)), _rounded(given).to(torch.int8)
     exact = x.double() @ weights[0].double().T
-    return Contender(lambda i: torch._int_mm(x, weights[i].t()), exact, 0.0, weights[0].nbytes, len(weights))
+    return Contender(lambda i: torch._int_mm(x, weights[i].t()), exact, 0.0, weights[0].nbytes, len(weights), TORCH)
 
 
 def onednn(given: Task) -> Contender:
@@ -175,7 +178,7 @@ def onednn(given: Task) -> Contender:
         rest: tuple[object, ...] = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, result in fp32 as it is
         return torch.ops.onednn.qlinear_pointwise(x, step, 128, packed[i], scale, zeros, *rest)
 
-    return Contender(multiply, exact, 1e-4, signed[0].nbytes, len(signed))
+    return Contender(multiply, exact, 1e-4, signed[0].nbytes, len(signed), "oneDNN")
 
 
 def llama_cpp(given: Task) -> Contender:
@@ -184,7 +187,7 @@ def llama_cpp(given: Task) -> Contender:
     first = ggml.Product(weight, len(given.x))
     products = [first, *(ggml.Product(weight, len(given.x), first) for _ in range(copies(first.bytes) - 1))]
     exact = given.x.double() @ weight.double().T
-    return Contender(lambda i: products[i](given.x), exact, 0.15, first.bytes, len(products))
+    return Contender(lambda i: products[i](given.x), exact, 0.15, first.bytes, len(products), "llama.cpp")
 
 
 def _weight(given: Task) -> Tensor:

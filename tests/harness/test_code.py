@@ -28,6 +28,15 @@ def test_only_meaning_counts(monkeypatch, tmp_path):
     assert fresh(monkeypatch, {**FILES, "a": "def f():\n    import b\n    import c"}, tmp_path) != original
 
 
+def test_sources_that_a_module_may_compile_count(monkeypatch, tmp_path):
+    (tmp_path / "csrc").mkdir()
+    versions = set()
+    for text in ("int x;", "int y;"):
+        (tmp_path / "csrc" / "kernel.cpp").write_text(text)
+        versions.add(fresh(monkeypatch, FILES, tmp_path))
+    assert len(versions) == 2
+
+
 def test_the_closure_of_a_method_reaches_the_kernels():
     reached, waiting = set(), ["methods.rtn"]
     while waiting:
