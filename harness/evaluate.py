@@ -37,6 +37,8 @@ class EvalConfig:
     """Compare with the full-precision model's distributions."""
     layer_error: bool = True
     """Measure the output error of each linear."""
+    throughput: bool = False
+    """Measure tokens a second, beside the full-precision model, and the latency of each linear."""
     bootstrap: int = RESAMPLES
     """Resamples of an interval."""
 

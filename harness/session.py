@@ -26,6 +26,7 @@ from harness.kv_cache import pack_cache, row_format
 from harness.latency import LatencyTable
 from harness.models import load
 from harness.tasks import run_tasks
+from harness.throughput import throughput
 from harness.toolchains.environments import Environments
 from harness.toolchains.service import ToolRunner
 from methods.base import Context, Memo, Meter, Quantized, Stat, Statistics, Tracker, UniformMethod, no_meter, no_tracker
@@ -118,6 +119,9 @@ class Session:
         over = _budget_note(cell, storage["effective_bits"], storage["limit_bits"])
         with clock.phase("evaluate"):
             measured = self._evaluate(cell, packed, clock, track)
+        if cell.evaluation.throughput:
+            with clock.phase("throughput"):
+                measured["throughput"] = throughput(self.network.model, packed, self.windows.test[0])
         layers = accounting.layers(self.network, quantized, statistics if measure_layers else None)
         ragged = accounting.ragged_note(self.network, cell.budget.group_size) if cell.method.uses_budget else None
         notes = [note for note in (over, ragged) if note]
