@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize bench-cpu bench-gpu parity claims audit home-ground wandb-sync dashboard lint format clean
+.PHONY: help setup run sweep tables test test-slow methods sensitivity bench-hessian bench-quantize bench-cpu bench-decode bench-gpu parity claims audit home-ground wandb-sync dashboard lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench-quantize: $(READY) ## Seconds and memory of every method, and GPTQ beside 
 
 bench-cpu: $(READY) ## CPU kernels beside torch, oneDNN and llama.cpp, against the speed of reading memory
 	@$(BIN)/python -m harness.bench cpu $(ARGS)
+
+bench-decode: $(READY) ## Tokens a second of packed models beside the same models unpacked
+	@$(BIN)/python -m harness.bench decode $(ARGS)
 
 bench-gpu: $(READY) ## Kernels and peers on a GPU; needs no more than torch, triton and numpy
 	@$(BIN)/python -m kernels.bench.gpu $(ARGS)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 
-from harness.bench import cpu, hessian, quantize
+from harness.bench import cpu, decode, hessian, quantize
 from methods.base import hint
 
-BENCHES = {"cpu": cpu.main, "hessian": hessian.main, "quantize": quantize.main}
+BENCHES = {"cpu": cpu.main, "decode": decode.main, "hessian": hessian.main, "quantize": quantize.main}
 
 
 def main() -> int:

@@ -11,17 +11,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pandas as pd
 import torch
-from hydra.core.config_store import ConfigStore
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.bench import tables
+from harness.bench.command import configure
 from harness.config import part
 from harness.messages import refusing, status
 from harness.records import write_atomically
@@ -46,6 +48,8 @@ READ = "reading memory"
 BASE = "W4A8"
 SPACE = 2**28
 """Bytes that are read to measure the speed of it."""
+PRODUCT = (512, 4096, 4096)
+"""Rows, sums and columns of the product whose speed counts as the peak of a dtype."""
 
 
 @dataclass
@@ -64,21 +68,10 @@ class CpuBench:
     """Gets `tables/`."""
 
 
-DEFAULTS = {
-    "defaults": [
-        "cpu_bench_schema",
-        "_self_",
-        {"override hydra/job_logging": "none"},
-        {"override hydra/hydra_logging": "none"},
-    ],
-    "hydra": {"output_subdir": None, "run": {"dir": "."}},
-}
-_store = ConfigStore.instance()
-_store.store(name="cpu_bench_schema", node=CpuBench)
-_store.store(name="cpu_bench", node=DEFAULTS)
+CONFIG = configure("cpu", CpuBench)
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="cpu_bench")
+@hydra.main(version_base="1.3", config_path=None, config_name=CONFIG)
 @refusing(console)
 def job(config: DictConfig) -> None:
     """Measure, print, write; exit status 3, and nothing written, where the machine was too noisy."""
@@ -95,9 +88,10 @@ def job(config: DictConfig) -> None:
     if noisy := too_noisy(frame, chosen.noise):
         console.print(noisy, style="red", markup=False)
         raise SystemExit(3)
-    stem = Path(chosen.folder) / "tables" / "bench_cpu"
-    write_atomically(stem.with_suffix(".csv"), tables.csv(frame, header))
-    write_atomically(stem.with_suffix(".md"), page)
+    folder = Path(chosen.folder) / "tables"
+    write_atomically(folder / "bench_cpu.csv", tables.csv(frame, header))
+    write_atomically(folder / "bench_cpu.md", page)
+    write_atomically(folder / "kernels_cpu.csv", tables.csv(under_roofs(frame, peaks(chosen.rounds)), header))
 
 
 def reader() -> Callable[[int], object]:
@@ -106,6 +100,31 @@ def reader() -> Callable[[int], object]:
     assert library is not None
     space = moved(torch.zeros(SPACE, dtype=torch.uint8))
     return lambda _: library.read(space)
+
+
+def peaks(rounds: int) -> dict[str, float]:
+    """Operations a second of a large product of torch's, a multiplication and an addition being two, by dtype."""
+    rows, sums, columns = PRODUCT
+    operations: dict[str, Callable[[int], object]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(rows, sums, dtype=dtype), torch.ones(columns, sums, dtype=dtype)
+        operations[str(dtype).removeprefix("torch.")] = partial(_linear, x, weight)
+    bytes_ = torch.ones(rows, sums, dtype=torch.int8), torch.ones(columns, sums, dtype=torch.int8)
+    operations["int8"] = lambda _: torch._int_mm(bytes_[0], bytes_[1].t())
+    times = in_turns(operations, rounds)
+    return {name: 2 * rows * sums * columns / taken.median for name, taken in times.items()}
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, _: int) -> torch.Tensor:
+    return F.linear(x, weight)
+
+
+def under_roofs(frame: pd.DataFrame, flops: Mapping[str, float]) -> pd.DataFrame:
+    """The products alone, with what a roofline needs, see `harness.report.roofline`."""
+    reading = frame["kernel"] == READ
+    ceilings = {"ceiling_read": 1e9 * frame.loc[reading, "gb_per_s"].median()}
+    ceilings |= {f"ceiling_flops_{name}": rate for name, rate in flops.items()}
+    return frame[~reading].assign(**ceilings)
 
 
 def measure(config: CpuBench, out: int, columns: int, tokens: int, read: Callable[[int], object]) -> pd.DataFrame:
@@ -121,7 +140,10 @@ def measure(config: CpuBench, out: int, columns: int, tokens: int, read: Callabl
             raise ValueError(f"{name} is wrong: its relative error is {error:.2g}, not {found[name].tolerance:g}")
     times = in_turns({READ: read, **found}, config.rounds)
     shape = {"out": out, "in": columns, "tokens": tokens}
-    return pd.DataFrame([{**shape, **row(name, times, found.get(name), errors.get(name))} for name in times])
+    frame = pd.DataFrame([{**shape, **row(name, times, found.get(name), errors.get(name))} for name in times])
+    seconds, work = frame["ms"] / 1e3, 2 * out * columns * tokens
+    moved_bytes = 1e9 * frame["gb_per_s"] * seconds + 4 * tokens * (out + columns)
+    return frame.assign(intensity=work / moved_bytes, flops=work / seconds, bandwidth=1e9 * frame["gb_per_s"])
 
 
 def row(name: str, times: Mapping[str, Times], contender: Contender | None, error: float | None) -> dict[str, Any]:
@@ -131,6 +153,7 @@ def row(name: str, times: Mapping[str, Times], contender: Contender | None, erro
     speed, (first, third) = size / taken.median, taken.quartiles
     return {
         "kernel": name,
+        "peer": "" if contender is None else contender.peer,
         "ms": 1e3 * taken.median,
         "ms_low": 1e3 * first,
         "ms_high": 1e3 * third,

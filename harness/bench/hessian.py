@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from harness.bench import beside, figures, peer, tables
+from harness.bench.command import configure
 from harness.bench.measure import SIZES, Point, measure_alone
 from harness.bench.scaling import Grid, Limits, Outcome, run
 from harness.config import build, part
@@ -97,24 +98,13 @@ SMALL = {
     "minutes": 1.0,
     "peer": {"sequences": 4, "tolerance": 0.5, "every": 14, "probes": 3, "repeats": 1, "max_probes": 16},
 }
-DEFAULTS = {
-    "defaults": [
-        "hessian_bench_schema",
-        {"scale": "standard"},
-        "_self_",
-        {"override hydra/job_logging": "none"},
-        {"override hydra/hydra_logging": "none"},
-    ],
-    "hydra": {"output_subdir": None, "run": {"dir": "."}},
-}
+CONFIG = configure("hessian", HessianBench, {"scale": "standard"})
 _store = ConfigStore.instance()
-_store.store(name="hessian_bench_schema", node=HessianBench)
-_store.store(name="hessian_bench", node=DEFAULTS)
 _store.store(group="scale", name="standard", package="_global_", node={})
 _store.store(group="scale", name="small", package="_global_", node=SMALL)
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="hessian_bench")
+@hydra.main(version_base="1.3", config_path=None, config_name=CONFIG)
 @refusing(console)
 def job(config: DictConfig) -> None:
     """Measure, print, write."""

@@ -20,12 +20,12 @@ from typing import Any
 import hydra
 import pandas as pd
 import torch
-from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
 from harness.bench import tables
+from harness.bench.command import configure
 from harness.bench.hessian import free_memory
 from harness.bench.measure import SIZES, Measurement, Point, measure_alone
 from harness.bench.scaling import Grid, Limits, Outcome, run
@@ -85,21 +85,10 @@ class QuantizeBench:
     """Gets `tables/`."""
 
 
-DEFAULTS = {
-    "defaults": [
-        "quantize_bench_schema",
-        "_self_",
-        {"override hydra/job_logging": "none"},
-        {"override hydra/hydra_logging": "none"},
-    ],
-    "hydra": {"output_subdir": None, "run": {"dir": "."}},
-}
-_store = ConfigStore.instance()
-_store.store(name="quantize_bench_schema", node=QuantizeBench)
-_store.store(name="quantize_bench", node=DEFAULTS)
+CONFIG = configure("quantize", QuantizeBench)
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="quantize_bench")
+@hydra.main(version_base="1.3", config_path=None, config_name=CONFIG)
 @refusing(console)
 def job(config: DictConfig) -> None:
     """Measure, print, write."""

@@ -62,16 +62,16 @@ def test_the_comparison_shows_what_its_experiment_runs() -> None:
 
 def test_csv_files_become_tables_as_they_are(tmp_path: Path) -> None:
     material = Material(frame.tidy([]), tmp_path)
-    kernels = spec.load("kernels")
-    assert "no file kernels_*.csv" in tables.markdown(builder.build(kernels, material))
-    assert "Not run." in tables.markdown(builder.build(kernels, material))
-    (tmp_path / "kernels_gemv.csv").write_text("# a chip\nname,µs,ok\na#b,1.25,True\nc,,False\n")
-    table = builder.build(kernels, material)
-    assert (table.displays[0].title, table.displays[0].heads) == ("kernels_gemv", ["name", "µs", "ok"])
+    audit = spec.load("toolchains")
+    assert "no file toolchain_audit.csv" in tables.markdown(builder.build(audit, material))
+    assert "Not run." in tables.markdown(builder.build(audit, material))
+    (tmp_path / "toolchain_audit.csv").write_text("# a chip\nname,µs,ok\na#b,1.25,True\nc,,False\n")
+    table = builder.build(audit, material)
+    assert (table.displays[0].title, table.displays[0].heads) == ("toolchain_audit", ["name", "µs", "ok"])
     assert table.displays[0].cells == [["a#b", "1.250", "True"], ["c", "", "False"]]
-    (tmp_path / "kernels_gemv.csv").write_text("")
+    (tmp_path / "toolchain_audit.csv").write_text("")
     with pytest.raises(ValueError, match="is no table"):
-        builder.build(kernels, material)
+        builder.build(audit, material)
 
 
 def test_costs_by_size_have_a_column_a_size(tmp_path: Path) -> None:

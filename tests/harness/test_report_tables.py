@@ -227,9 +227,12 @@ def hostile_records() -> list[Record]:
     return [*found, failed]
 
 
+KERNELS = "out,in,tokens,kernel,peer,ms,gb_per_s,of_read,error"
+
+
 def write_all(folder: Path, records: list[Record]) -> list[Path]:
     (folder / "measured").mkdir()
-    (folder / "measured" / "kernels_a.csv").write_text(f'name,us\n"{HOSTILE}",1.5\n')
+    (folder / "measured" / "kernels_a.csv").write_text(f'{KERNELS}\n1,2,3,"{HOSTILE}",,1.5,1,1,1\n')
     material = Material(frame.tidy(records), folder / "measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("harness.report.figures.write", lambda *_: [])
