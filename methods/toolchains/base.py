@@ -41,6 +41,9 @@ CLAIM = 0.005
 """Effective bits by which that may be off."""
 OFF_GRID = 0.1
 """Steps by which a weight may miss its grid: tools compute dequantized weights in 16 bits."""
+FAR = 8.0
+"""Squared error, relative to that of nearest rounding, from which on weights were misread rather than rounded. A zero
+point that is off by one makes 13, whatever the width; rounding that looks at activations makes 1 to 3."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Toolchain(UniformMethod):
             raise ValueError(f"{self.name} runs in a process of its own, which only the harness can start")
         answer = ctx.tools(type(self).__module__, self.requirements, self.settings(ctx.budget))
         found = {name: self._checked(ctx, name, answer) for name in ctx.network.linears}
+        if self.in_original_coordinates and ctx.budget.bits is not None:
+            self._check_distance(ctx, found)
         packed = {name: self._packed(ctx.budget, name, tensors) for name, tensors in found.items()}
         _compare(self.name, answer, packed.values())
         roundings = {name: self.rounding(ctx.budget, tensors) for name, tensors in found.items()}
@@ -102,6 +107,19 @@ class Toolchain(UniformMethod):
             if not torch.isfinite(tensor.float()).all():
                 raise ValueError(f"{self.name} returned NaN or infinity in {name}/{key}")
         return found
+
+    def _check_distance(self, ctx: Context, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Weights that are on a grid, but not the model's, are most often an adapter's mistake in reading them."""
+        error, nearest = 0.0, 0.0
+        for name in ctx.network.linears:
+            weight = ctx.network.weight(name)
+            error += float((found[name]["weight"].float() - weight).square().sum())
+            nearest += float((ctx.budget.format().fit(weight).snap(weight) - weight).square().sum())
+        if error > FAR * nearest:
+            raise ValueError(
+                f"{self.name} returned weights whose squared error is {error / nearest:.0f} times that of rounding to "
+                "nearest: check how the adapter reads scales and zero points"
+            )
 
     def _packed(self, budget: Budget, name: str, tensors: Mapping[str, Tensor]) -> Packed:
         try:

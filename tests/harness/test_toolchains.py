@@ -46,6 +46,10 @@ def run(model, work, settings):
         answer[f"{work.linears[0]}/weight"][0, 0] = torch.nan
     if settings["fault"] == "lie":
         answer[f"{work.linears[0]}/weight"] *= 1.37
+    if settings["fault"] == "shift":
+        for name in work.linears:
+            answer[f"{name}/zero"] -= 1
+            answer[f"{name}/weight"] += answer[f"{name}/scale"].repeat_interleave(settings["group_size"], 1)
     if settings["fault"] == "skip":
         del answer[f"{work.linears[0]}/weight"]
     with torch.no_grad():
@@ -59,6 +63,7 @@ class Fake(Toolchain):
     fault: str = ""
     name: ClassVar[str] = "fake"
     requirements: ClassVar[tuple[str, ...]] = ()
+    in_original_coordinates: ClassVar[bool] = True
 
     def settings(self, budget: Budget) -> dict[str, Any]:
         return {"bits": budget.bits, "group_size": budget.group_size, "fault": self.fault}
@@ -114,6 +119,7 @@ def test_the_answer_is_packed_as_ours_is(tooled: Context, context: Callable[...,
         ("crash", "fake ended with code 1.*the tool fell over"),
         ("nan", "returned NaN or infinity in"),
         ("lie", "do not lie on the 3-bit grid"),
+        ("shift", r"squared error is 1\d times that of rounding to nearest"),
         ("skip", "returned nothing for"),
     ],
 )
