@@ -1,7 +1,6 @@
 """How fast a packed model is: prefill and decoding beside the full-precision model, and each linear alone.
 
-Both models take turns on the same machine, so that what disturbs one disturbs the other; other cells of a sweep disturb
-both, so take run.jobs=1 where the numbers count.
+Both models take turns on the same machine, so that what disturbs one disturbs the other.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
 from harness.config import cell_from_dict, named_budgets, register_configs, to_cell, to_run
 from methods.base import METHODS, Budget
@@ -42,6 +44,25 @@ def test_every_config_file_makes_a_cell(group):
 def test_every_run_config_is_typed():
     for name in choices("run"):
         assert to_run(compose("config", [f"run={name}"])).time_limit > 0
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_experiment_composes_and_all_that_it_sweeps_makes_a_cell(experiment):
+    config = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+    assert config.experiment_name == experiment
+    given = [f"{name}={values}" for name, values in config.hydra.sweeper.params.items()]
+    swept = [
+        [f"{name.key_or_group}={value}" for value in _values(name)]
+        for name in OverridesParser.create().parse_overrides(given)
+    ]
+    first = [f"experiment={experiment}", *(values[0] for values in swept)]
+    for i, values in enumerate(swept):
+        for value in values:
+            assert cell(*first[: i + 1], value, *first[i + 2 :])
+
+
+def _values(override: Override) -> list[str]:
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_string()]
 
 
 def test_every_method_is_an_option_with_its_own_defaults():
