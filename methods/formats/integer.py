@@ -186,4 +186,5 @@ class IntegerGrid(Grid):
         first = group[0]
         if group.count(first) == count:
             return self.scale[:, first : first + 1], self.zero[:, first : first + 1]
-        return self.scale[:, group], self.zero[:, group]
+        index = torch.tensor(group, device=self.scale.device)
+        return self.scale.index_select(1, index), self.zero.index_select(1, index)
