@@ -51,11 +51,10 @@ def prefill(model: Any, row: Tensor) -> Operation:
 def decode(model: Any, row: Tensor) -> Operation:
     """Reads one more token after a prompt that is cached, always the prompt's first, and returns its logits."""
     cache = model(input_ids=row, use_cache=True).past_key_values
-    length = row.shape[1]
 
     def step(_: int) -> Tensor:
-        cache.crop(length)
         logits: Tensor = model(input_ids=row[:, :1], past_key_values=cache, use_cache=True).logits
+        cache.crop(-1)
         return logits
 
     return step

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -118,13 +119,17 @@ KERNELS: dict[str, Kernel] = {
     "triton": Kernel(_triton, _triton_refuses),
 }
 INTEGERS = (PackedInteger, PackedAffine)
+FEW = 32
+"""Tokens up to which decoding weights for every token is faster than dequantizing them; no rule tells more apart."""
 RULES = (
     Rule("cpu", "cpu", INTEGERS, True, FLOATS),
-    Rule("cpu", "cpu", INTEGERS, False, FLOATS, range(9)),
+    Rule("cpu", "cpu", INTEGERS, False, FLOATS, range(FEW + 1)),
     Rule("cpu-dequantized", "cpu", INTEGERS, False, FLOATS),
     Rule("triton", "cuda", dtypes=(torch.bfloat16, torch.float16)),
 )
-_chosen: ContextVar[str | None] = ContextVar("kernel", default=None)
+FROM_ENVIRONMENT = os.environ.get("HAWQ_KERNEL")
+_chosen: ContextVar[str] = ContextVar("kernel")
+_choices: WeakKeyDictionary[Packed, dict[tuple[Hashable, ...], str]] = WeakKeyDictionary()
 
 
 def multiply(packed: Packed, x: Tensor, bias: Tensor | None = None, inputs: Inputs | None = None) -> Tensor:
@@ -138,11 +143,20 @@ def multiply(packed: Packed, x: Tensor, bias: Tensor | None = None, inputs: Inpu
 
 def choose(packed: Packed, x: Tensor, inputs: Inputs | None = None) -> str:
     """The kernel for a product, of `KERNELS`. Products that are differentiated have the reference's gradients."""
-    wanted = _chosen.get() or os.environ.get("HAWQ_KERNEL")
+    wanted = _chosen.get(FROM_ENVIRONMENT)
     if wanted is not None:
         return _asked_for(wanted, packed, x, inputs)
     if torch.is_grad_enabled() and x.requires_grad:
         return REFERENCE
+    situation = x.device, x.dtype, min(x.shape[:-1].numel(), FEW + 1), inputs
+    known = _choices.setdefault(packed, {})
+    if situation not in known:
+        known[situation] = _choice(packed, x, inputs)
+    return known[situation]
+
+
+def _choice(packed: Packed, x: Tensor, inputs: Inputs | None) -> str:
+    """By the rules; logged."""
     name = next((rule.kernel for rule in RULES if rule.fits(packed, x, inputs)), REFERENCE)
     reason = KERNELS[name].refuses(packed, x, inputs)
     name = REFERENCE if reason else name

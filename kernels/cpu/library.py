@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from kernels.packed import PackedInteger
 logger = logging.getLogger(__name__)
 
 MIDDLE, CODES, HALVES = range(3)
+_described: WeakKeyDictionary[PackedInteger, Described] = WeakKeyDictionary()
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -114,9 +116,30 @@ def load(level: int | None = None) -> Library | None:
     return Library(functions, wanted)
 
 
+@dataclass(frozen=True)
+class Described:
+    """A matrix as the library sees it, and the tensors that it points into."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    matrix: Matrix
+
+
 def _matrix(packed: PackedInteger) -> Matrix:
+    """Described once, and again when a tensor has been replaced, as by `.to`."""
+    codes, scale, zero = packed.codes, packed.scale, packed.zero
+    known = _described.get(packed)
+    if known is None or known.codes is not codes or known.scale is not scale or known.zero is not zero:
+        known = _described[packed] = Described(codes, scale, zero, _describe(packed))
+    return known.matrix
+
+
+def _describe(packed: PackedInteger) -> Matrix:
     zero, (rows, columns) = packed.zero, packed.shape
     form = MIDDLE if zero is None else CODES if zero.dtype == torch.uint8 else HALVES
+    assert packed.codes.device.type == "cpu"
+    assert packed.scale.dtype == torch.float16
     return Matrix(
         packed.codes.data_ptr(),
         packed.scale.data_ptr(),

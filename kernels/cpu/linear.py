@@ -96,4 +96,6 @@ def _finished(y: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """In the shape and the dtype of the input, with the bias."""
     if bias is not None:
         y = y + bias
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+    if y.dtype != x.dtype:
+        y = y.to(x.dtype)
+    return y.view(*x.shape[:-1], y.shape[1])

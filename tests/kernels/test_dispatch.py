@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,9 +32,10 @@ def packed(bits: int = 4) -> PackedInteger:
 def test_the_table() -> None:
     x = torch.randn(20, 256)
     assert choose(packed(), x[:1]) == "cpu"
-    assert choose(packed(), x) == "cpu-dequantized"
+    assert choose(packed(), torch.randn(33, 256)) == "cpu-dequantized"
+    assert choose(packed(), x) == "cpu"
     assert choose(packed(), x, ROUNDED) == "cpu"
-    assert choose(packed(), x, TokenScale(FixedPoint(3, 4))) == "cpu-dequantized"
+    assert choose(packed(), torch.randn(33, 256), TokenScale(FixedPoint(3, 4))) == "cpu-dequantized"
     assert choose(packed(), x.double()) == "reference"
     assert choose(PackedDense(torch.ones(4, 256).half()), x) == "reference"
     assert choose(packed(), x.requires_grad_()) == "reference"
@@ -49,10 +53,25 @@ def test_every_kernel_computes_what_the_layer_computes(kernel: str, inputs: Toke
         torch.testing.assert_close(QuantLinear(matrix, bias, inputs)(x), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_what_is_asked_for_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_choice() -> None:
+    program = "from kernels import dispatch; print(dispatch.FROM_ENVIRONMENT)"
+    environment = os.environ | {"HAWQ_KERNEL": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "cpu\n"
+
+
+@needs_library
+def test_buffers_that_are_replaced_are_seen() -> None:
+    matrix, x = packed(), torch.randn(1, 256)
+    first = multiply(matrix, x)
+    matrix.scale = 2 * matrix.scale
+    torch.testing.assert_close(multiply(matrix, x), 2 * first)
+
+
+def test_what_is_asked_for_is_taken_or_refused() -> None:
     x, dense = torch.randn(1, 256), PackedDense(torch.ones(4, 256).half())
-    monkeypatch.setenv("HAWQ_KERNEL", "reference")
-    assert choose(packed(), x) == "reference"
+    with using("reference"):
+        assert choose(packed(), x) == "reference"
     with using("cpu"), pytest.raises(ValueError, match="PackedDense is not a matrix of integers"):
         choose(dense, x)
     with pytest.raises(ValueError, match="there is no kernel 'gpu'"), using("gpu"):

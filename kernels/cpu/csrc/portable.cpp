@@ -54,7 +54,8 @@ void float_product(const Matrix& w, const Call& call) {
     });
 }
 
-// (code − zero) · scale, the order of `PackedInteger.dequantize`, so that fp32 is equal bit for bit.
+// (code − zero) · scale, the order of `PackedInteger.dequantize`, so that fp32 is equal bit for bit. `round` is a type
+// of its own, not a pointer, so that it is inlined into the vectorized loop.
 template <class Out, class Round>
 void dequantize_rows(const Matrix& w, int64_t first, int64_t last, Out* out, int threads, Round round) {
     share(last - first, 1, threads, [&](int64_t begin, int64_t end) {
@@ -105,7 +106,7 @@ void ENTRY(multiply)(const Matrix* w, const Call* call) {
 
 void ENTRY(dequantize)(const Matrix* w, int64_t first, int64_t last, void* out, int32_t dtype, int32_t threads) {
     if (dtype == BF16)
-        dequantize_rows(*w, first, last, static_cast<uint16_t*>(out), threads, to_bfloat);
+        dequantize_rows(*w, first, last, static_cast<uint16_t*>(out), threads, [](float v) { return to_bfloat(v); });
     else
         dequantize_rows(*w, first, last, static_cast<float*>(out), threads, [](float v) { return v; });
 }
