@@ -118,9 +118,7 @@ public:
     void load(int64_t first, int64_t count) {
         const int64_t groups = w_.groups, start = first * groups, block = start / BLOCK;
         const uint16_t *scales = w_.scale + start, *zeros = static_cast<const uint16_t*>(w_.zero) + start;
-        if (w_.zero_form == CODES)
-            unpack(static_cast<const uint8_t*>(w_.zero), w_.bits, w_.rows * groups, block,
-                   ceil_div(start + count * groups, BLOCK), codes_);
+        if (w_.zero_form == CODES) unpack_zeros(block, ceil_div(start + count * groups, BLOCK));
         const uint8_t* codes = codes_ + (start - block * BLOCK);
         const float middle = static_cast<float>(1 << (w_.bits - 1));
         for (int64_t r = 0; r < count; ++r, scales += groups, zeros += groups, codes += groups) {
@@ -152,8 +150,16 @@ private:
         for (int64_t g = 0; g < w_.groups; ++g) out[g] = value(g);
     }
 
+    // Short rows have few groups, and many of them share a block: it stays until others are wanted.
+    void unpack_zeros(int64_t first, int64_t last) {
+        if (first == first_ && last == last_) return;
+        unpack(static_cast<const uint8_t*>(w_.zero), w_.bits, w_.rows * w_.groups, first, last, codes_);
+        first_ = first, last_ = last;
+    }
+
     const Matrix& w_;
     Buffer<uint8_t> codes_;
+    int64_t first_ = -1, last_ = -1;  // blocks of zeros in codes_
 };
 
 // Rows are shared out in tiles, one contiguous part a thread.
