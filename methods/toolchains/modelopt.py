@@ -14,7 +14,7 @@ from methods.base import Parts, hint, register
 from methods.budget import Budget
 from methods.network import Network
 from methods.toolchains.base import Toolchain, Work
-from methods.toolchains.modelopt_formats import EMULATION, Integers, emulate_nvfp4
+from methods.toolchains.modelopt_formats import BACKENDS, Integers
 from methods.toolchains.modelopt_presets import Preset, check_preset, presets
 
 IMPORTS = ("modelopt.torch.quantization",)
@@ -68,7 +68,7 @@ class ToolModelOptPreset(ModelOpt):
 
     Args:
         preset: `int4_awq`; `w4a8_awq` (the same weights as FP8, FP8 inputs); `int8_smoothquant` (INT8 rows and
-            inputs, α = 1); `fp8`; or `nvfp4`, see `methods.toolchains.modelopt_formats`.
+            inputs, α = 1); `fp8`; `nvfp4`, `mxfp4` or `mxfp8`, see `methods.toolchains.modelopt_formats`.
     """
 
     preset: str = "fp8"
@@ -109,10 +109,11 @@ def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, 
 
 
 def emulate() -> None:
-    """Make NVFP4 computable without a GPU; in the tool's process."""
+    """Make NVFP4 and the MX formats computable without a GPU; in the tool's process."""
     from modelopt.torch.quantization.nn import register_quant_backend
 
-    register_quant_backend(EMULATION, emulate_nvfp4)
+    for name, backend in BACKENDS.items():
+        register_quant_backend(name, backend)
 
 
 def _preset(settings: Mapping[str, Any]) -> Preset:

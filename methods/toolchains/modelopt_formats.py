@@ -1,32 +1,39 @@
 """The number formats of NVIDIA's Model Optimizer: what it is told, what is read back from it, and how that is stored.
 
-NVFP4 needs a GPU there. Without one the format is computed here, from its definition (`methods.formats.floats`), and
-handed to the tool as a backend of quantizers, which the tool provides for: an emulation of its CUDA operator. The
-tool sets block scales below 1e-5 to 1, and with them the block to zero; the emulation keeps such blocks.
+NVFP4 and the MX formats need a GPU there. Without one they are computed here, from their definitions
+(`methods.formats.floats`), and handed to the tool as backends of quantizers, which the tool provides for: emulations
+of its CUDA operators, which round ties to even as ours do. For NVFP4 the tool sets block scales below 1e-5 to 1, and
+with them the block to zero; the emulation keeps such blocks. For MX the tool takes the next power of two after
+max|x| / max element in fp32, by fast division; the emulation is exact.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.activations import InputRounding, StaticScale, integers
-from kernels.minifloat import E2M1, E4M3, Element
+from kernels.minifloat import E2M1, E4M3, E8M0, Element, MiniFloat
 from kernels.packed import Packed
 from kernels.packed_float import PackedFloat, decoded_scale
 from kernels.packed_tensor_float import PackedTensorFloat
 from kernels.packing import pack
-from methods.formats.floats import NVFP4
+from methods.formats.base import Format
+from methods.formats.floats import FP8, MX, NVFP4, ScaledFloat
 from methods.formats.integer import Integer
+from methods.inputs import BlockScale
 from methods.toolchains.base import on_grid
 
 EMULATION = "nvfp4_emulation"
+MX_EMULATION = "mxfp{}_emulation"
+MX_ELEMENTS: dict[int, MiniFloat] = {4: E2M1, 8: E4M3}
+"""Of MXFP4 and MXFP8, by width."""
 OFF_ELEMENT = 1e-3
 """What a weight may miss its floating-point number by, relatively: tools multiply by reciprocals."""
 
@@ -35,6 +42,13 @@ class Numbers(ABC):
     """What one of the tool's quantizers rounds to."""
 
     bits: int
+    calibrated: ClassVar[bool] = True
+    """Whether inputs have a range that the calibration text sets."""
+
+    @property
+    @abstractmethod
+    def format(self) -> Format:
+        """The same in our terms; of formats that we do not have, the nearest."""
 
     @property
     @abstractmethod
@@ -51,11 +65,11 @@ class Numbers(ABC):
 
     @abstractmethod
     def rounding(self, maximum: float) -> InputRounding:
-        """What rounds inputs whose largest magnitude in the calibration text was `maximum`."""
+        """What rounds inputs whose largest magnitude in the calibration text was `maximum`, if that is `calibrated`."""
 
-    @abstractmethod
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Bits of a packed matrix of this shape [out, in]."""
+        return self.format.stored_bits(shape)
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,6 @@ class Integers(Numbers):
 
     @property
     def format(self) -> Integer:
-        """The same in our terms."""
         return Integer(self.bits, self.group_size, symmetric=True)
 
     def read(self, quantizer: Any, weight: Tensor) -> dict[str, Tensor]:
@@ -87,9 +100,6 @@ class Integers(Numbers):
 
     def rounding(self, maximum: float) -> InputRounding:
         return StaticScale(integers(self.bits), maximum)
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        return self.format.stored_bits(shape)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,10 @@ class Float8(Numbers):
     """E4M3 with one scale for the whole matrix or input."""
 
     bits = E4M3.bits
+
+    @property
+    def format(self) -> FP8:
+        return FP8(E4M3)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -129,8 +143,31 @@ class Float8(Numbers):
         return 8 * shape[0] * shape[1] + 32
 
 
+class BlockFloats(Numbers):
+    """Elements in blocks of a row. The scale of each block is found at every call."""
+
+    @property
+    @abstractmethod
+    def format(self) -> ScaledFloat: ...
+
+    def packed(self, tensors: Mapping[str, Tensor]) -> Packed:
+        fmt, weight, scale = self.format, tensors["weight"].float(), tensors["scale"]
+        tensor_scale = tensors.get("tensor_scale")
+        blocks = decoded_scale(scale, fmt.scale_code, tensor_scale).repeat_interleave(fmt.block, 1)
+        codes = nearest_codes(weight, fmt.element, blocks[:, : weight.shape[1]])
+        return PackedFloat(
+            pack(codes, fmt.element.bits),
+            scale,
+            tensor_scale,
+            element=fmt.element,
+            scale_code=fmt.scale_code,
+            shape=(weight.shape[0], weight.shape[1]),
+            group_size=fmt.block,
+        )
+
+
 @dataclass(frozen=True)
-class Float4(Numbers):
+class Float4(BlockFloats):
     """NVFP4. The scale of a whole input is fixed by calibration, those of its blocks are not."""
 
     bits = E2M1.bits
@@ -140,29 +177,50 @@ class Float4(Numbers):
         blocks = {-1: NVFP4.block, "type": "dynamic", "scale_bits": (4, 3)}
         return {"num_bits": (2, 1), "block_sizes": blocks, "effective_bits": 4.5, "backend": EMULATION}
 
+    @property
+    def format(self) -> NVFP4:
+        return NVFP4()
+
     def read(self, quantizer: Any, weight: Tensor) -> dict[str, Tensor]:
         tensor_scale = _tensor_scale(quantizer.amax)
-        return {"scale": block_scales(weight, tensor_scale), "tensor_scale": tensor_scale}
-
-    def packed(self, tensors: Mapping[str, Tensor]) -> Packed:
-        weight, scale, tensor_scale = tensors["weight"].float(), tensors["scale"], tensors["tensor_scale"].float()
-        blocks = decoded_scale(scale, E4M3, tensor_scale).repeat_interleave(NVFP4.block, 1)
-        codes = nearest_codes(weight, E2M1, blocks[:, : weight.shape[1]])
-        return PackedFloat(
-            pack(codes, E2M1.bits),
-            scale,
-            tensor_scale,
-            element=E2M1,
-            scale_code=E4M3,
-            shape=(weight.shape[0], weight.shape[1]),
-            group_size=NVFP4.block,
-        )
+        return {"scale": block_scales(weight, self.format, tensor_scale), "tensor_scale": tensor_scale}
 
     def rounding(self, maximum: float) -> InputRounding:
         return FixedTensorScale(_tensor_scale(torch.tensor(maximum)))
 
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        return NVFP4().stored_bits(shape)
+
+@dataclass(frozen=True)
+class MXFloat(BlockFloats):
+    """MXFP4 or MXFP8, by width. Scales are those with which nothing saturates, see `methods.formats.floats.MX`."""
+
+    bits: int
+
+    calibrated: ClassVar[bool] = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        element = MX_ELEMENTS[self.bits]
+        blocks = {-1: MX.block, "type": "dynamic", "scale_bits": (E8M0.bits, 0)}
+        widths = (element.exponent_bits, element.mantissa_bits)
+        return {"num_bits": widths, "block_sizes": blocks, "backend": MX_EMULATION.format(self.bits)}
+
+    @property
+    def format(self) -> MX:
+        return MX(MX_ELEMENTS[self.bits], ceil=True)
+
+    def read(self, quantizer: Any, weight: Tensor) -> dict[str, Tensor]:
+        del quantizer
+        return {"scale": block_scales(weight, self.format)}
+
+    def rounding(self, maximum: float) -> InputRounding:
+        del maximum
+        return BlockScale(self.format)
+
+    def emulate(self, x: Tensor, quantizer: Any) -> Tensor:
+        """As `emulate_nvfp4`."""
+        del quantizer
+        rounded: Tensor = BlockScale(self.format)(x)
+        return rounded
 
 
 class FixedTensorScale(InputRounding):
@@ -179,7 +237,7 @@ class FixedTensorScale(InputRounding):
         self.register_buffer("tensor_scale", tensor_scale)
 
     def scale(self, x: Tensor) -> Tensor:
-        factor = decoded_scale(block_scales(x, self.tensor_scale), E4M3, self.tensor_scale)
+        factor = decoded_scale(block_scales(x, NVFP4(), self.tensor_scale), E4M3, self.tensor_scale)
         return factor.repeat_interleave(NVFP4.block, -1)[..., : x.shape[-1]]
 
 
@@ -214,10 +272,10 @@ def nearest_codes(weight: Tensor, element: Element, scale: Tensor) -> Tensor:
     return codes
 
 
-def block_scales(x: Tensor, tensor_scale: Tensor) -> Tensor:
-    """NVFP4's scales, as stored, of x [..., in]: uint8 [..., blocks]."""
-    padded = F.pad(x.abs(), (0, -x.shape[-1] % NVFP4.block))
-    return NVFP4().block_scale(padded.unflatten(-1, (-1, NVFP4.block)).amax(-1), tensor_scale)
+def block_scales(x: Tensor, fmt: ScaledFloat, tensor_scale: Tensor | None = None) -> Tensor:
+    """The scales of a format's blocks, as stored, of x [..., in]: uint8 [..., blocks]."""
+    padded = F.pad(x.abs(), (0, -x.shape[-1] % fmt.block))
+    return fmt.block_scale(padded.unflatten(-1, (-1, fmt.block)).amax(-1), tensor_scale)
 
 
 def emulate_nvfp4(x: Tensor, quantizer: Any) -> Tensor:
@@ -231,3 +289,10 @@ def _tensor_scale(maximum: Tensor) -> Tensor:
     """Of what is at most so large; 1 where all is zero: fp32 []."""
     largest = maximum.float().amax()
     return NVFP4().tensor_scale(largest)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    EMULATION: emulate_nvfp4,
+    **{MX_EMULATION.format(bits): MXFloat(bits).emulate for bits in MX_ELEMENTS},
+}
+"""What the tool is given in place of its CUDA operators, by name."""

@@ -15,7 +15,7 @@ from kernels.packed import Packed
 from kernels.packed_recast import PackedRecast
 from kernels.packed_scaled import PackedScaled
 from methods.base import hint
-from methods.toolchains.modelopt_formats import Float4, Float8, InputIntegers, Integers, Numbers, Prescaled
+from methods.toolchains.modelopt_formats import Float4, Float8, InputIntegers, Integers, MXFloat, Numbers, Prescaled
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Preset:
     Attributes:
         weights: what weights are rounded to.
         inputs: what inputs are rounded to, or None for 16 bits.
-        algorithm: of the tool's calibration.
+        algorithm: of the tool's calibration; None where there is nothing to calibrate.
         recast: round the rounded weights to FP8, in which they are multiplied.
     """
 
     weights: Numbers
     inputs: Numbers | None = None
-    algorithm: str = "max"
+    algorithm: str | None = "max"
     recast: bool = False
 
     @property
@@ -59,7 +59,7 @@ class Preset:
         before = getattr(module.input_quantizer, "_pre_quant_scale", None)
         if before is not None:
             found["inputs"] = before.float().flatten()
-        if self.inputs:
+        if self.inputs and self.inputs.calibrated:
             found["input_maximum"] = module.input_quantizer.amax.float().view(())
         return found
 
@@ -74,7 +74,7 @@ class Preset:
         """What rounds the linear's input at run time."""
         if self.inputs is None:
             return None
-        rounding = self.inputs.rounding(float(tensors["input_maximum"]))
+        rounding = self.inputs.rounding(float(tensors["input_maximum"]) if self.inputs.calibrated else 0.0)
         return Prescaled(rounding, tensors["inputs"].half().float()) if "inputs" in tensors else rounding
 
 
@@ -85,6 +85,8 @@ def presets(group_size: int) -> dict[str, Preset]:
         "int4_awq": Preset(int4, algorithm="awq_lite"),
         "w4a8_awq": Preset(int4, Float8(), "awq_lite", recast=True),
         "int8_smoothquant": Preset(Integers(8), InputIntegers(8), "smoothquant"),
+        "mxfp8": Preset(MXFloat(8), MXFloat(8), algorithm=None),
+        "mxfp4": Preset(MXFloat(4), MXFloat(4), algorithm=None),
         "fp8": Preset(Float8(), Float8()),
         "nvfp4": Preset(Float4(), Float4()),
     }

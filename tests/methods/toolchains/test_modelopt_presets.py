@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear import QuantLinear
-from methods.formats.floats import NVFP4
+from methods.formats.floats import MX, NVFP4
 from methods.toolchains.modelopt_formats import (
+    BACKENDS,
     FixedTensorScale,
     Float4,
     Float8,
     Integers,
+    MXFloat,
     Prescaled,
     block_scales,
     emulate_nvfp4,
@@ -52,13 +54,25 @@ class Emulated:
         return emulate_nvfp4(x, self)
 
 
+class Uncalibrated:
+    """Rounds by one of the backends, and knows no maximum."""
+
+    amax = None
+
+    def __init__(self, preset: Preset) -> None:
+        self.backend = BACKENDS[preset.weights.config["backend"]]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.backend(x, self)
+
+
 @dataclass
 class Linear:
     """What the library makes of a linear."""
 
     weight: nn.Parameter
     weight_quantizer: object
-    input_quantizer: Quantizer = field(default_factory=lambda: Quantizer(torch.tensor(4.0), 127.0))
+    input_quantizer: object = field(default_factory=lambda: Quantizer(torch.tensor(4.0), 127.0))
 
 
 def weights(out: int = 6, columns: int = 64) -> Tensor:
@@ -137,6 +151,56 @@ def test_emulated_values_are_the_nearest_there_are() -> None:
         torch.testing.assert_close(done, best, rtol=1e-6, atol=1e-7)
 
 
+def by_definition(x: Tensor, name: str) -> Tensor:
+    """MXFP4 and MXFP8 of x [..., 32 n]: per block, the least power of two with which nothing saturates; then the
+    nearest element, ties to even."""
+    largest = {"mxfp4": 6, "mxfp8": 448}[name]
+    blocks = x.unflatten(-1, (-1, 32))
+    scale = torch.tensor([2.0**k for k in range(-100, 100)])
+    fits = blocks.abs().amax(-1, keepdim=True) <= largest * scale
+    scale = scale[fits.int().argmax(-1, keepdim=True)]
+    if name == "mxfp8":
+        return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+    even_first = torch.tensor([0, 1, 2, 4, 0.5, 1.5, 3, 6])  # of equally near points, argmin takes the first
+    return (nearest((blocks / scale).abs(), even_first) * blocks.sign() * scale).flatten(-2)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_microscaled_weights_and_inputs(name: str) -> None:
+    weight, x = weights(columns=96) * torch.logspace(-6, 6, 96, base=2), torch.randn(2, 5, 96, generator=GENERATOR)
+    weight[0, :32], weight[1, 32:64] = 0, torch.linspace(-6, 6, 33)[:32] / 8  # ties, and a largest number of 3/4
+    x[0, 0, 0], x[1, 1, 95] = 1000, 448 * 2.0**-5
+    preset = presets(0)[name]
+    rounds = Uncalibrated(preset)
+    found = preset.read(Linear(nn.Parameter(weight), rounds, rounds))
+    assert set(found) == {"weight", "scale"}  # nothing of the calibration text
+    linear = QuantLinear(preset.packed(found), None, preset.rounding(found))
+    torch.testing.assert_close(linear.packed.dequantize(), by_definition(weight, name), rtol=0, atol=0)
+    assert linear.inputs is not None
+    torch.testing.assert_close(linear.inputs(x), by_definition(x, name), rtol=0, atol=0)
+    torch.testing.assert_close(linear(x), F.linear(by_definition(x, name), by_definition(weight, name)))
+    assert linear.packed.stored_bits() == preset.weights.stored_bits((6, 96)) == 6 * 96 * (preset.weights.bits + 0.25)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_microscaled_blocks_may_be_shorter(name: str) -> None:
+    weight, preset = weights(3, 40), presets(0)[name]
+    packed = preset.packed(preset.read(Linear(nn.Parameter(weight), Uncalibrated(preset), Uncalibrated(preset))))
+    expected = by_definition(F.pad(weight, (0, 24)), name)[:, :40]
+    torch.testing.assert_close(packed.dequantize(), expected, rtol=0, atol=0)
+    assert packed.stored_bits() == preset.weights.stored_bits((3, 40)) == 3 * (40 * preset.weights.bits + 2 * 8)
+
+
+def test_no_microscaled_number_saturates() -> None:
+    """The MX specification's scale for a largest number of 7 is 1, which would leave 6 of it."""
+    for largest, scale in ((6.0, 1), (6.0000005, 2), (7.0, 2), (8.0, 2), (12.0, 2), (12.000001, 4)):
+        block = torch.cat([torch.tensor([largest, -1.0]), torch.zeros(30)])
+        assert block_scales(block, MXFloat(4).format).tolist() == [127 + scale.bit_length() - 1]
+    seven = torch.tensor([[7.0] * 32])
+    assert MXFloat(4).emulate(seven, None)[0, 0] == 8
+    assert MX().fit(seven).snap(seven)[0, 0] == 6
+
+
 def test_inputs_beyond_the_calibrated_range_saturate() -> None:
     x = torch.full((1, 16), 100.0)
     torch.testing.assert_close(FixedTensorScale(torch.tensor(4.0 / (448 * 6)))(x), torch.full((1, 16), 4.0))
@@ -153,7 +217,10 @@ def test_a_matrix_of_zeros() -> None:
     for numbers, quantizer in ((Float4(), Emulated(torch.tensor(0.0))), (Float8(), Quantizer(torch.tensor(0.0), 448))):
         found = numbers.read(quantizer, zeros)
         assert torch.equal(numbers.packed(found | {"weight": zeros}).dequantize(), zeros)
-    assert block_scales(zeros, torch.tensor(1.0)).shape == (4, 2)
+    assert block_scales(zeros, NVFP4(), torch.tensor(1.0)).shape == (4, 2)
+    for name in ("mxfp4", "mxfp8"):
+        found = presets(0)[name].weights.read(None, zeros) | {"weight": zeros}
+        assert torch.equal(presets(0)[name].packed(found).dequantize(), zeros)
 
 
 def test_lies_are_found() -> None:
@@ -164,7 +231,10 @@ def test_lies_are_found() -> None:
     with pytest.raises(ValueError, match="no e4m3 numbers"):
         Float8().packed(shape | {"weight": weight})
     with pytest.raises(ValueError, match="no e2m1 numbers"):
-        Float4().packed(shape | {"weight": weight, "scale": block_scales(weight, scale)})
+        Float4().packed(shape | {"weight": weight, "scale": block_scales(weight, NVFP4(), scale)})
+    half = MXFloat(4).read(None, weight)["scale"] - 1
+    with pytest.raises(ValueError, match="no e2m1 numbers"):
+        MXFloat(4).packed({"weight": MXFloat(4).emulate(weight, None), "scale": half})
     with pytest.raises(ValueError, match="4-bit grid"):
         Integers(4, 16).packed({"weight": weight, "scale": torch.full((6, 4), 0.01)})
     with pytest.raises(ValueError, match="e4m3"):
@@ -181,3 +251,16 @@ def test_configurations_enable_what_a_preset_names() -> None:
         assert isinstance(weight["cfg"], list) == (name == "w4a8_awq")
     assert presets(32)["int8_smoothquant"].config["quant_cfg"][2]["cfg"]["axis"] is None  # one scale for the input
     assert presets(32)["int8_smoothquant"].config["quant_cfg"][1]["cfg"]["axis"] == 0  # one for each row
+
+
+def test_microscaling_is_told_as_in_the_library() -> None:
+    """MXFP4_DEFAULT_CFG and MXFP8_DEFAULT_CFG, but for who computes."""
+    for name, element in (("mxfp4", (2, 1)), ("mxfp8", (4, 3))):
+        config = presets(0)[name].config
+        assert config["algorithm"] is None
+        for entry in config["quant_cfg"][1:3]:
+            assert entry["cfg"].pop("backend") in BACKENDS
+            assert entry["cfg"] == {
+                "num_bits": element,
+                "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)},
+            }
