@@ -5,7 +5,8 @@ sections 5 and 6.3, and Rouhani et al. (arXiv 2310.10537); NVFP4, NVIDIA, Pretra
 NVFP4 (arXiv 2509.25149), appendix on quantization.
 
 All round to nearest, ties to even, and saturate. Other tools differ: the default of Microsoft's microxcaling
-rounds ties away from zero, NVIDIA's ModelOpt rounds those of E2M1 toward zero.
+rounds ties away from zero, and NVIDIA's ModelOpt those of E2M1 toward zero where it exports packed codes (not where it
+calibrates).
 """
 
 from __future__ import annotations

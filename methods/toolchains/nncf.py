@@ -1,12 +1,12 @@
 """NNCF (openvinotoolkit/nncf): weight compression of an OpenVINO model.
 
-Only there does it have GPTQ. Its LoRA correction is left out: what it inserts are further layers.
+Only there does it have GPTQ and LoRA correction.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.packed import Packed
+from kernels.packed_sum import PackedLowRank, PackedSum
 from methods.base import Parts, hint, register
 from methods.budget import Budget
+from methods.lora_correction import ADAPTER
 from methods.network import Network
 from methods.toolchains.base import Toolchain, Work, on_grid
+from methods.toolchains.openvino import REQUIREMENTS, converted, operators, parameter, samples, values
 
 IMPORTS = ("nncf", "openvino")
 METRICS = {
@@ -35,6 +38,10 @@ MODES = {
     (3, True): "INT3_SYM",
     (2, True): "INT2_SYM",
 }
+PARTS = {"codes": "", "scale": "/scale", "zero": "/zero_point"}
+"""What constants of a compressed matrix hold, and what their names end with."""
+SIDES = {"left_": "B", "right_": "A"}
+"""What the tensors of a correction's two matrices begin with, and the library's names of them."""
 
 
 @register("tool_nncf")
@@ -48,6 +55,8 @@ class ToolNNCF(Toolchain):
         metric: the criterion, as in `nncf`: `weight_error`, `hessian`, `mean_variance`, `max_variance` (the
             library's default) or `mean_magnitude`.
         awq, scale_estimation, gptq: the library's options of these names, all off by default as they are there.
+        lora: the library's LoRA correction: of the linears in the budget's format, two INT8 matrices of rank 8, the
+            library's, on top of the budget. See `methods.lora_correction`.
     """
 
     ratio: float = 1.0
@@ -55,19 +64,23 @@ class ToolNNCF(Toolchain):
     awq: bool = False
     scale_estimation: bool = False
     gptq: bool = False
+    lora: bool = False
 
-    requirements: ClassVar[tuple[str, ...]] = ("nncf==3.4.0", "openvino==2026.4.1")
+    requirements: ClassVar[tuple[str, ...]] = REQUIREMENTS
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"unknown metric {self.metric!r}: {hint(self.metric, METRICS)}")
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"method.ratio={self.ratio:g} is no share; take 0 to 1")
+        if self.gptq and self.lora:
+            raise ValueError("NNCF refuses LoRA correction after GPTQ; leave method.gptq or method.lora off")
 
     @property
     def parts(self) -> Parts:
         chosen = [name for name in ("scale_estimation", "gptq") if getattr(self, name)]
         return Parts(
+            format="integer + lora8" if self.lora else "integer",
             transform="nncf_awq" if self.awq else "none",
             rounding=" + ".join(chosen) or "nearest",
             allocation="uniform" if self.ratio == 1 else f"nncf_{self.metric} × ordered",
@@ -80,7 +93,7 @@ class ToolNNCF(Toolchain):
         if (budget.bits, budget.symmetric) not in MODES:
             return f"NNCF has no integers like {budget.name}: 4 and 8 bits, and 2 and 3 that are symmetric"
         if budget.bits == 8:
-            if budget.group_size or self.ratio < 1 or self.awq or self.scale_estimation or self.gptq:
+            if budget.group_size or self.ratio < 1 or any(self._switches.values()):
                 return "NNCF's integers of 8 bits are per channel, and rounded to nearest"
             return None
         size = budget.group_size
@@ -93,8 +106,17 @@ class ToolNNCF(Toolchain):
         if budget.bits == 8:
             return settings
         criterion = METRICS[self.metric] if self.ratio < 1 else None
-        switches = {"awq": self.awq, "scale_estimation": self.scale_estimation, "gptq": self.gptq}
-        return settings | {"ratio": self.ratio, "sensitivity_metric": criterion, "all_layers": True} | switches
+        return settings | {"ratio": self.ratio, "sensitivity_metric": criterion, "all_layers": True} | self._switches
+
+    @property
+    def _switches(self) -> dict[str, bool]:
+        """The library's options that are on or off."""
+        return {
+            "awq": self.awq,
+            "scale_estimation": self.scale_estimation,
+            "gptq": self.gptq,
+            "lora_correction": self.lora,
+        }
 
     def packed(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Packed:
         """In the width that the tool names. Symmetric grids have their additional code on the side of the weight that
@@ -106,7 +128,13 @@ class ToolNNCF(Toolchain):
         side = sign.repeat_interleave(fmt.columns_per_group(weight.shape[1]), 1)
         packed = on_grid(weight * side, scale * sign, tensors.get("zero"), fmt)
         packed.get_buffer("scale").mul_(sign)
-        return packed
+        if "left_weight" not in tensors:
+            return packed
+        left, right = (
+            on_grid(tensors[f"{side}weight"], tensors[f"{side}scale"], tensors[f"{side}zero"], ADAPTER)
+            for side in SIDES
+        )
+        return PackedSum(packed, PackedLowRank(left, right))
 
 
 def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -117,20 +145,17 @@ def run(model: nn.Module, work: Work, settings: Mapping[str, Any]) -> dict[str, 
     mode = getattr(nncf.CompressWeightsMode, options.pop("mode"))
     if options.get("sensitivity_metric"):
         options["sensitivity_metric"] = getattr(nncf.SensitivityMetric, options["sensitivity_metric"])
-    eager: Any = model
-    eager.set_attn_implementation("eager")
-    samples = [_inputs(row) for row in work.tokens]
     if not mode.value.startswith("int8"):
-        options |= {"dataset": nncf.Dataset([[t.numpy() for t in s] for s in samples]), "subset_size": len(samples)}
+        options |= {"dataset": nncf.Dataset(samples(work.tokens)), "subset_size": len(work.tokens)}
     scope = nncf.IgnoredScope(patterns=others(model, work.linears), validate=False)
-    done = nncf.compress_weights(_converted(eager, samples[0]), mode=mode, ignored_scope=scope, **options)
+    done = nncf.compress_weights(converted(model, work.tokens), mode=mode, ignored_scope=scope, **options)
     return read(done, work.linears)
 
 
 def others(model: nn.Module, linears: Sequence[str]) -> list[str]:
     """Patterns of the operators that hold the model's other matrices."""
     named = [n for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
-    return [rf"__module\.model\.{re.escape(name)}/.*" for name in named if name not in linears]
+    return [f"{operators(name)}.*" for name in named if name not in linears]
 
 
 def read(compressed: Any, linears: Sequence[str]) -> dict[str, Tensor]:
@@ -143,20 +168,28 @@ def read(compressed: Any, linears: Sequence[str]) -> dict[str, Tensor]:
     added = [op.get_friendly_name() for op in compressed.get_ops() if "awq_mul" in op.get_friendly_name()]
     if added:
         raise ValueError(f"NNCF multiplies activations at {added[0]}, which is not supported here")
-    found: dict[str, Any] = {}
-    for name in linears:
-        key = f"self.model.{name}.weight"
-        if f"{key}/scale" in constants:
-            parts = {"codes": key, "scale": f"{key}/scale", "zero": f"{key}/zero_point"}
-            found |= {f"{name}/{part}": constants[k] for part, k in parts.items() if k in constants}
-    values = _values(found)
+    found = {
+        f"{name}/{side}{part}": constants[matrix + end]
+        for name in linears
+        for side, matrix in matrices(name, constants).items()
+        for part, end in PARTS.items()
+        if matrix + end in constants
+    }
+    held = values(found)
     answer: dict[str, Tensor] = {}
-    for name in linears:
-        if f"{name}/codes" in found:
-            made = dequantized(values[f"{name}/codes"], values[f"{name}/scale"], values.get(f"{name}/zero"))
-            answer |= {f"{name}/{key}": tensor for key, tensor in made.items()}
-            answer[f"{name}/width"] = torch.tensor(found[f"{name}/codes"].get_element_type().bitwidth)
+    for key in [key.removesuffix("codes") for key in found if key.endswith("codes")]:
+        made = dequantized(held[f"{key}codes"], held[f"{key}scale"], held.get(f"{key}zero"))
+        answer |= {f"{key}{part}": tensor for part, tensor in made.items()}
+        answer[f"{key}width"] = torch.tensor(found[f"{key}codes"].get_element_type().bitwidth)
     return answer
+
+
+def matrices(name: str, constants: Collection[str]) -> dict[str, str]:
+    """The constants with codes of a linear: its own, under the empty prefix, and those of its correction."""
+    own = parameter(f"{name}.weight")
+    thin = {side: re.compile(rf"{operators(name)}.*_lora_{letter}") for side, letter in SIDES.items()}
+    beside = {side: key for side, pattern in thin.items() for key in constants if pattern.fullmatch(key)}
+    return {"": own, **beside} if f"{own}/scale" in constants else {}
 
 
 def dequantized(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> dict[str, Tensor]:
@@ -171,39 +204,3 @@ def dequantized(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> dic
     weight = (codes - (0 if zero is None else zero)) * scale
     found = {"weight": weight.reshape(out, -1), "scale": scale.reshape(out, -1)}
     return found if zero is None or zero.ndim == 0 else found | {"zero": zero.reshape(out, -1)}
-
-
-class _Logits(nn.Module):
-    """The model as a function of tensors alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        logits: Tensor = self.model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
-        ).logits
-        return logits
-
-
-def _inputs(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, the causal mask and positions: without the mask, the conversion of what makes it fails."""
-    length = len(row)
-    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
-    return row[None], mask[None, None], torch.arange(length)[None]
-
-
-def _converted(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    import openvino as ov
-
-    return ov.convert_model(_Logits(model), example_input=example)
-
-
-def _values(constants: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What constants of any type hold: fp32."""
-    import openvino as ov
-
-    nodes = [ov.opset13.convert(constant, "f32") for constant in constants.values()]
-    results = ov.compile_model(ov.Model(nodes, []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])
-    return {name: torch.from_numpy(results[i].copy()) for i, name in enumerate(constants)}

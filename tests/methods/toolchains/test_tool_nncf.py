@@ -13,6 +13,7 @@ from torch import Tensor
 
 from methods.base import Budget
 from methods.formats.integer import Integer
+from methods.lora_correction import Corrected
 from methods.network import Network
 from methods.toolchains import nncf
 from methods.toolchains.nncf import ToolNNCF, dequantized, others, read
@@ -92,7 +93,7 @@ def test_constants_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def values(constants: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: constant.value for name, constant in constants.items()}
 
-    monkeypatch.setattr(nncf, "_values", values)
+    monkeypatch.setattr(nncf, "values", values)
     codes, scale = symmetric(WEIGHT.view(6, 4, 16), 4)
     ops = [
         Constant("self.model.a.weight", value=codes),
@@ -107,6 +108,40 @@ def test_constants_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     ops.append(Constant("x/awq_mul", kind="Multiply"))
     with pytest.raises(ValueError, match="multiplies activations at x/awq_mul"):
         read(model, ["a"])
+
+
+def thin(generator: torch.Generator, rows: int, columns: int) -> dict[str, Tensor]:
+    """Asymmetric INT8 as constants hold it, and the matrix it stands for."""
+    codes = torch.randint(256, (rows, columns), generator=generator).float()
+    scale = (torch.rand(rows, 1, generator=generator) / 64 + 2.0**-8).half().float()
+    zero = torch.randint(256, (rows, 1), generator=generator).float()
+    return {"": codes, "/scale": scale, "/zero_point": zero, "matrix": (codes - zero) * scale}
+
+
+def test_a_correction_is_read_packed_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nncf, "values", lambda constants: {name: c.value for name, c in constants.items()})
+    generator = torch.Generator().manual_seed(1)
+    grid = Integer(4, 16).fit(WEIGHT)
+    own = {"": grid.encode(WEIGHT).float().view(6, 4, 16), "/scale": grid.scale[..., None]}
+    own["/zero_point"] = grid.zero[..., None]
+    held = {"self.model.b.1.weight": own}
+    held["__module.model.b.1/aten::linear/MatMul_lora_A"] = first = thin(generator, 2, 64)
+    held["__module.model.b.1/aten::linear/MatMul_lora_B"] = second = thin(generator, 6, 2)
+    held["__module.model.b.11/aten::linear/MatMul_lora_A"] = thin(generator, 2, 64)
+    held["__module.model.bx1/aten::linear/MatMul_lora_B"] = thin(generator, 6, 2)
+    ops = [
+        Constant(name + end, value=value, width=8 if "lora" in name else 4)
+        for name, parts in held.items()
+        for end, value in parts.items()
+    ]
+    found = read(SimpleNamespace(get_ops=lambda: ops), ["b.1"])
+    told = {key.removeprefix("b.1/"): tensor for key, tensor in found.items()}
+    packed = ToolNNCF(lora=True).packed(Budget(bits=4, group_size=16), told)
+    product = second["matrix"] @ first["matrix"]
+    torch.testing.assert_close(packed.dequantize(), grid.snap(WEIGHT) + product)
+    assert packed.stored_bits() == Corrected(Integer(4, 16), 2).stored_bits((6, 64))
+    x = torch.randn(3, 64, generator=generator)
+    torch.testing.assert_close(packed(x), x @ (grid.snap(WEIGHT) + product).T, rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_no_linear_to_quantize_is_ignored(small_llama: Callable[..., Network]) -> None:
@@ -124,6 +159,7 @@ def test_what_is_no_linear_to_quantize_is_ignored(small_llama: Callable[..., Net
         (Budget(bits=3, group_size=16), {}, "no integers like w3g16"),
         (Budget(bits=8, group_size=16), {}, "per channel"),
         (Budget(bits=8, group_size=0), {"gptq": True}, "rounded to nearest"),
+        (Budget(bits=8, group_size=0), {"lora": True}, "rounded to nearest"),
         (Budget(bits=4, group_size=48), {}, "groups of 48"),
     ],
 )
@@ -138,8 +174,11 @@ def test_settings_and_options() -> None:
     assert ToolNNCF().settings(four)["sensitivity_metric"] is None  # nothing to choose
     mixed = ToolNNCF(ratio=0.6, metric="hessian", gptq=True).settings(four)
     assert (mixed["ratio"], mixed["sensitivity_metric"]) == (0.6, "HESSIAN_INPUT_ACTIVATION")
-    assert (mixed["gptq"], mixed["awq"]) == (True, False)
+    assert (mixed["gptq"], mixed["awq"], mixed["lora_correction"]) == (True, False, False)
+    assert ToolNNCF(lora=True).settings(four)["lora_correction"] is True
     with pytest.raises(ValueError, match="unknown metric"):
         ToolNNCF(metric="hesian")
     with pytest.raises(ValueError, match="no share"):
         ToolNNCF(ratio=60)
+    with pytest.raises(ValueError, match="refuses LoRA correction after GPTQ"):
+        ToolNNCF(gptq=True, lora=True)
