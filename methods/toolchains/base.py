@@ -150,23 +150,25 @@ def on_grid(weight: Tensor, scale: Tensor, zero: Tensor | None, fmt: Integer) ->
 
     Args:
         weight: [out, in].
-        scale: [out, groups].
+        scale: [out, groups]; of symmetric grids of either sign, which says on which side the additional code is.
         zero: whole numbers [out, groups], or None where the grid is symmetric.
 
     Raises:
-        ValueError: the shapes do not fit the format, or a weight is no point of the grid.
+        ValueError: the shapes do not fit the format, a weight is no point of the grid, or the grid cannot be stored.
     """
     out, columns = weight.shape
-    groups = -(-columns // fmt.columns_per_group(columns))
-    if scale.shape != (out, groups):
-        raise ValueError(f"scales of shape {list(scale.shape)} are not {out} rows of {groups} groups")
+    size = fmt.columns_per_group(columns)
+    if scale.shape != (out, -(-columns // size)):
+        raise ValueError(f"scales of shape {list(scale.shape)} are not {out} rows of {-(-columns // size)} groups")
     fmt = Integer(fmt.width, fmt.group_size, symmetric=zero is None)
     middle = torch.full_like(scale, 2 ** (fmt.width - 1)) if zero is None else zero
-    size = fmt.columns_per_group(columns)
-    steps = weight.float() / scale.float().repeat_interleave(size, 1)[:, :columns]
-    codes = steps + middle.float().repeat_interleave(size, 1)[:, :columns]
+    step = scale.float().repeat_interleave(size, 1)[:, :columns]
+    codes = weight.float() / step + middle.float().repeat_interleave(size, 1)[:, :columns]
     nearest = codes.round()
     if (codes - nearest).abs().max() > OFF_GRID or nearest.min() < 0 or nearest.max() > 2**fmt.width - 1:
         raise ValueError(f"its weights do not lie on the {fmt.width}-bit grid that it claims")
-    grid = IntegerGrid(fmt, scale.float(), middle.float(), columns)
-    return grid.pack(nearest.to(torch.uint8))
+    packed = IntegerGrid(fmt, scale.float().abs(), middle.float(), columns).pack(nearest.to(torch.uint8))
+    packed.get_buffer("scale").mul_(torch.where(scale < 0, -1, 1))
+    if not ((packed.dequantize() - weight.float()).abs() <= 2 * OFF_GRID * step.abs()).all():
+        raise ValueError(f"its {fmt.width}-bit grid cannot be stored with scales in fp16 and zero points in the codes")
+    return packed

@@ -54,6 +54,8 @@ class ToolGPTQModel(Toolchain):
         odd = next((shape for shape in network.shapes if any(size % MULTIPLE for size in shape)), None)
         if reason is None and odd is not None:
             return f"GPTQModel packs matrices whose sizes are multiples of {MULTIPLE}, not {odd[0]} × {odd[1]}"
+        if reason is None and self.act_group_aware and not self.desc_act and not budget.group_size:
+            return "GPTQModel puts whole groups in order, and rows are one; set method.act_group_aware=false"
         return reason
 
     def settings(self, budget: Budget) -> dict[str, Any]:

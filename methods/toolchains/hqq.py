@@ -15,6 +15,8 @@ from methods.budget import Budget
 from methods.formats.affine import Affine, AffineGrid
 from methods.toolchains.base import OFF_GRID, Toolchain, Work
 
+ROOM = 10
+"""Zero points and scales are stored in fp16, which moves a code of b bits by up to 2**(b − 10) steps."""
 IMPORTS = ("hqq.core.quantize",)
 
 
@@ -24,6 +26,7 @@ class ToolHQQ(Toolchain):
     """HQQ's own solver, in groups along the input, with real zero points."""
 
     requirements: ClassVar[tuple[str, ...]] = ("hqq==0.2.8.post1",)
+    in_original_coordinates: ClassVar[bool] = True
 
     def packed(self, budget: Budget, tensors: Mapping[str, Tensor]) -> Packed:
         """On the grid of `hqq`, whose zero points are no whole numbers."""
@@ -31,7 +34,8 @@ class ToolHQQ(Toolchain):
         weight, scale, zero = (tensors[key].float() for key in ("weight", "scale", "zero"))
         grid = AffineGrid(Affine(budget.bits, budget.group_size), scale, zero, weight.shape[1])
         codes = grid.encode(weight)
-        if ((grid.decode(codes) - weight).abs() > OFF_GRID * scale.repeat_interleave(grid.group_size, 1)).any():
+        allowed = max(OFF_GRID, 2.0 ** (budget.bits - ROOM))
+        if ((grid.decode(codes) - weight).abs() > allowed * scale.repeat_interleave(grid.group_size, 1)).any():
             raise ValueError(f"its weights do not lie on the {budget.bits}-bit grid that it claims")
         return grid.pack(codes)
 

@@ -123,11 +123,7 @@ class ToolNNCF(Toolchain):
         is largest, for which scales have signs."""
         bits = int(tensors["width"].item())
         fmt = budget.format() if bits == budget.bits else Budget(bits=bits, group_size=0).format()
-        weight, scale = tensors["weight"].float(), tensors["scale"].float()
-        sign = torch.where(scale < 0, -1.0, 1.0)
-        side = sign.repeat_interleave(fmt.columns_per_group(weight.shape[1]), 1)
-        packed = on_grid(weight * side, scale * sign, tensors.get("zero"), fmt)
-        packed.get_buffer("scale").mul_(sign)
+        packed = on_grid(tensors["weight"], tensors["scale"], tensors.get("zero"), fmt)
         if "left_weight" not in tensors:
             return packed
         left, right = (

@@ -151,6 +151,11 @@ def test_grids_are_recovered_and_checked() -> None:
         packed = on_grid(rounded.half(), grid.scale, None if fmt.symmetric else grid.zero, fmt)
         assert torch.equal(packed.dequantize(), rounded)
         assert packed.stored_bits() == fmt.stored_bits((6, 40))
+    sides = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]).view(6, 1)
+    packed = on_grid(rounded * sides, grid.scale * sides, None, fmt)  # the additional code on either side
+    assert torch.equal(packed.dequantize(), rounded * sides)
+    with pytest.raises(ValueError, match="cannot be stored"):
+        on_grid(rounded * 1e8, grid.scale * 1e8, None, fmt)
     with pytest.raises(ValueError, match="scales of shape"):
         on_grid(rounded, grid.scale[:, :0], None, fmt)
     with pytest.raises(ValueError, match="4-bit grid"):

@@ -64,6 +64,7 @@ def test_group_aware_order_gives_way_to_desc_act(small_llama: Callable[..., Netw
     told = ToolGPTQModel(desc_act=True).settings(budget)
     assert told["desc_act"] and not told["act_group_aware"]
     assert (told["bits"], told["group_size"], told["sym"]) == (3, -1, True)
-    assert ToolGPTQModel().supports(small_llama(), budget) is None
+    assert "method.act_group_aware=false" in str(ToolGPTQModel().supports(small_llama(), budget))
+    assert ToolGPTQModel(act_group_aware=False).supports(small_llama(), budget) is None
     with pytest.raises(ValueError, match="damp_percent"):
         ToolGPTQModel(damp_percent=1.0)

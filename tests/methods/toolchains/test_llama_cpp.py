@@ -124,7 +124,10 @@ def answer(network: Network, width: int, scale: float = 1.0) -> Answer:
     return Answer(tensors, {}, 1.0, 1)
 
 
-def test_a_tool_whose_numbers_are_not_those_of_its_blocks_is_refused(small_llama: Build, context: Given) -> None:
+def test_a_tool_whose_numbers_are_not_those_of_its_blocks_is_refused(
+    small_llama: Build, context: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("methods.toolchains.base.FAR", torch.inf)  # the answer's weights are no model's
     network = small_llama(hidden_size=256, intermediate_size=256)
     ctx = replace(context(network, Budget(bits=4)), tools=lambda *_: answer(network, 4))
     done = ToolLlamaCpp().quantize(ctx)
