@@ -22,6 +22,8 @@ from harness.report.grid import Cell, Grid, printed
 
 MAIN = "comparison"
 """The table whose figures and failures bear no name of their own."""
+TIMED = "; torch "
+"""In the first line of a CSV with times, see `harness.bench.tables.machine`."""
 CHILDREN = ("failures", "tests")
 """Last words of tables that stand below another."""
 TITLES = {
@@ -143,7 +145,7 @@ def provenance(tables: Iterable[Table]) -> dict[str, str]:
     tables = list(tables)
     dated = [t.frame[["created", "git"]] for t in tables if {"created", "git"} <= {*t.frame}]
     newest = pd.concat(dated).sort_values("created", kind="stable").iloc[-1] if dated else {"created": "", "git": ""}
-    machines = dict.fromkeys(table.machine for table in tables if table.machine)
+    machines = dict.fromkeys(table.machine for table in tables if TIMED in table.machine)
     facts = {
         "Newest record": newest["created"],
         "Commit": newest["git"][:12],

@@ -93,7 +93,7 @@ def results(tmp_path: Path) -> Path:
     (tables / "comparison.md").write_text(COMPARISON)
     (tables / "failures.csv").write_text(f'model,reason\ntiny,"{EVIL}"\n')
     (tables / "baselines_failures.csv").write_text("model,reason\n")
-    (tables / "bench_x.csv").write_text("# a machine\nrow,seconds,seconds_low,seconds_high\na,2,1.5,2.5\nb,,,\n")
+    (tables / "bench_x.csv").write_text("# a machine; torch 2\nrow,seconds,seconds_low,seconds_high\na,2,1,3\nb,,,\n")
     (tables / "<script>x.csv").write_text("a b\n1\n")
     for name in ("pareto_tiny", "bench_x", "claims/C01", "<script>y"):
         (figures / f"{name}.svg").write_text(SVG.format(name.replace("<", "&lt;")))
@@ -240,7 +240,7 @@ def test_without_a_ledger_the_page_says_how_to_make_it(results: Path) -> None:
 
 def test_provenance_is_that_of_the_newest_record(results: Path) -> None:
     facts = [e["text"] for e in Elements(page.build(results)).tags("dd")]
-    assert facts == ["2030-01-02T00:00:00", "abcdef012345", "a machine"]
+    assert facts == ["2030-01-02T00:00:00", "abcdef012345", "a machine; torch 2"]
 
 
 def test_readers_that_speak_find_their_way(results: Path) -> None:
