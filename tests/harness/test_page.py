@@ -93,7 +93,8 @@ def results(tmp_path: Path) -> Path:
     (tables / "comparison.md").write_text(COMPARISON)
     (tables / "failures.csv").write_text(f'model,reason\ntiny,"{EVIL}"\n')
     (tables / "baselines_failures.csv").write_text("model,reason\n")
-    (tables / "bench_x.csv").write_text("# a machine; torch 2\nrow,seconds,seconds_low,seconds_high\na,2,1,3\nb,,,\n")
+    rows = "row,seconds,seconds_low,seconds_high\na,2,1.5,2.5\nb,,,\n"
+    (tables / "bench_x.csv").write_text(f"# a machine; torch 2\n{rows}")
     (tables / "<script>x.csv").write_text("a b\n1\n")
     for name in ("pareto_tiny", "bench_x", "claims/C01", "<script>y"):
         (figures / f"{name}.svg").write_text(SVG.format(name.replace("<", "&lt;")))
