@@ -75,7 +75,7 @@ def test_the_threshold_goes_from_untouched_inputs_to_vector_wise_rounding(
     done = LLMInt8(threshold=1e9).quantize(context(network, EIGHT))
     plain = Quantized(done.packed, inputs=dict.fromkeys(network.linears, TokenScale(integers(8))))
     rounded = Network(packed_copy(planted(), plain), ()).logits(context(network).scoring)
-    torch.testing.assert_close(rounded, vector_wise, rtol=1e-4, atol=1e-4)  # by different kernels
+    assert float((rounded - vector_wise).norm()) < 1e-3 * float(vector_wise.norm())  # by different kernels
     assert torch.equal(Network(network.model, ()).logits(context(network).scoring), untouched)
 
 
