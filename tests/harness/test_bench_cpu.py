@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from harness.bench.cpu import BASE, READ, SPACE, CpuBench, cpu_page, row, too_noisy
+from harness.bench import cpu
+from harness.bench.cpu import BASE, READ, SPACE, CpuBench, cpu_page, noise, row
 from kernels.bench.cpu_contenders import Contender
 from kernels.bench.rounds import Times
 
@@ -27,9 +28,18 @@ def test_speeds_and_ratios() -> None:
     assert found.loc[BASE, "of_read"] == pytest.approx(0.5 * 1e9 / (SPACE / 0.01))
 
 
-def test_a_machine_that_does_not_keep_still_is_told() -> None:
-    assert too_noisy(frame([0.01, 0.0101, 0.0099, 0.01, 0.01]), 0.1) is None
-    assert "too noisy" in str(too_noisy(frame([0.01, 0.02, 0.01, 0.02, 0.01]), 0.1))
+def test_noise_is_that_of_reading_memory() -> None:
+    assert noise(frame([0.01, 0.0101, 0.0099, 0.01, 0.01])) == 0
+    assert noise(frame([0.01, 0.02, 0.01, 0.02, 0.01])) == pytest.approx(1)
+
+
+def test_a_shape_is_measured_again_while_the_machine_is_too_noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet, loud = frame([0.01] * 5), frame([0.01, 0.02, 0.01, 0.02, 0.01])
+    taken = iter([loud, loud, quiet, loud])
+    monkeypatch.setattr(cpu, "measure", lambda *_: next(taken))
+    assert noise(cpu.measure_in_quiet(CpuBench(), 8, 128, 1, lambda _: None)) == 0
+    monkeypatch.setattr(cpu, "measure", lambda *_: loud)
+    assert noise(cpu.measure_in_quiet(CpuBench(), 8, 128, 1, lambda _: None)) == pytest.approx(1)
 
 
 def test_the_page_says_what_was_not_measured() -> None:
